@@ -1,0 +1,100 @@
+"""TIR functions to one object file, with a plain C interface.
+
+TVM's own calling convention packs every argument into a DLTensor and needs its runtime. Here each kernel becomes
+
+    int32_t name(T0 *arg0, T1 *arg1, ...)      0, or the error of a parallel region
+
+so that the artefact needs nothing but the few symbols of `runtime/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir import Call, IRModule, PointerType, PrimType
+from tvm.tirx import PrimFunc
+
+from graphopt.codegen.kernels.vector_math import ExpandMath
+from graphopt.targets.target import Target
+
+# What stands in TVM's table as kDeviceKernelLaunch is, to its LLVM code generator, a function with plain arguments.
+PLAIN_C = 2
+CPU_DEVICE = 1
+
+
+def llvm_target(target: Target) -> tvm.target.Target:
+    """TVM's description of the target's host processor."""
+    return tvm.target.Target(target.llvm)
+
+
+def lower_tir(module: IRModule, target: Target) -> IRModule:
+    """Scheduled TIR to loops over flat buffers and scalars, still one function per kernel."""
+    t, s = tirx.transform, s_tir.transform
+    passes = [
+        t.BindTarget(llvm_target(target)),
+        s.CanonicalizeLoop(),
+        s.LowerInitBlock(),
+        s.PlanAndUpdateBufferAllocationLocation(),
+        s.ConvertBlocksToOpaque(),
+        s.CompactBufferAllocation(),
+        s.LowerMatchBuffer(),
+        s.StmtSimplify(),
+        s.LowerOpaqueBlock(),
+        t.FlattenBuffer(),
+        t.BF16ComputeLegalize(),
+        t.NarrowDataType(32),
+        s.LoopPartition(),
+        t.VectorizeLoop(True),
+        ExpandMath(target),
+        t.StorageRewrite(),
+        t.UnrollLoop(),
+        s.RenormalizeSplitPattern(),
+        t.StmtSimplify(),
+        t.RemoveNoOp(),
+        s.RewriteUnsafeSelect(),
+        t.CommonSubexprElim(),
+    ]
+    return tvm.ir.transform.Sequential(passes)(module)
+
+
+def plain_c(name: str, func: PrimFunc) -> PrimFunc:
+    """Give a lowered function raw pointers for arguments and an int32 for its result."""
+    pointers = {param: tirx.Var(param.name, PointerType(param.ty.dtype)) for param in func.params}
+    body = []
+    for stmt in func.body.seq if isinstance(func.body, tirx.SeqStmt) else [func.body]:
+        if isinstance(stmt, tirx.DeclBuffer) and isinstance(stmt.data, Call) and stmt.data.op.name == "tirx.buffer_data":
+            owner = next((v for p, v in pointers.items() if p.same_as(stmt.data.args[0])), None)
+            if owner is not None:
+                stmt = tirx.DeclBuffer(stmt.buffer, data=owner)
+        body.append(stmt)
+    body.append(tirx.Return(tirx.const(0, "int32")))
+    zero = tirx.const(0, "int32")
+    on_device = tirx.AttrStmt(zero, "device_id", zero, tirx.SeqStmt(body))
+    on_device = tirx.AttrStmt(zero, "device_type", tirx.const(CPU_DEVICE, "int32"), on_device)
+    plain = PrimFunc(list(pointers.values()), on_device, PrimType("int32"), func.attrs)
+    return plain.with_attr("calling_conv", PLAIN_C).with_attr("global_symbol", name)
+
+
+def build_llvm(kernels: Mapping[str, PrimFunc], target: Target) -> tvm.runtime.Module:
+    """Compile kernels for the target's host processor; `inspect_source("asm")` of the result shows the assembly.
+
+    Args:
+        kernels: C symbol to scheduled TIR function; buffers become pointers in the order of the parameters.
+        target: any target; a CUDA target's host side is meant.
+    """
+    module = IRModule({name: func.with_attr("global_symbol", name) for name, func in kernels.items()})
+    lowered = lower_tir(module, target)
+    plain = IRModule({gv.name_hint: plain_c(gv.name_hint, func) for gv, func in lowered.functions.items()})
+    # With a prefix TVM calls the runtime's symbols directly, and not through pointers that nobody sets.
+    plain = plain.with_attr("system_lib_prefix", "graphopt_")
+    t = tirx.transform
+    plain = tvm.ir.transform.Sequential([t.BF16StorageLegalize(), t.LowerTVMBuiltin(), t.LowerIntrin()])(plain)
+    return tvm.get_global_func("target.build.llvm")(plain, llvm_target(target))
+
+
+def build_object(kernels: Mapping[str, PrimFunc], target: Target, path: Path) -> None:
+    """Write the kernels as one relocatable object file."""
+    build_llvm(kernels, target).write_to_file(str(path))

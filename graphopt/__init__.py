@@ -1,0 +1,1 @@
+"""Turns FLOPs reductions into wall-clock speed."""

@@ -1,0 +1,204 @@
+"""Every error a user can meet: one class each, with a stable code, an exit code and the way out.
+
+Three kinds of "no" are never mixed: a `GraphoptError` is the user's to mend and ends the run; a `Decline` means that a
+rule did not apply, and the run goes on; an `assert` is ours.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+
+class Exit(IntEnum):
+    """Exit codes of the command line, stable across versions."""
+
+    DONE = 0
+    CHECK_FAILED = 1
+    BAD_INPUT = 2
+    UNAVAILABLE = 3
+    IO_FAILED = 5
+    INTERNAL = 70
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A rule looked and did not apply."""
+
+    where: str
+    reason: str
+
+
+class GraphoptError(Exception):
+    """Base of all user errors. `message` and `hint` are templates over the keyword arguments given."""
+
+    code: ClassVar[str]
+    message: ClassVar[str]
+    hint: ClassVar[str] = ""
+    exit: ClassVar[Exit] = Exit.BAD_INPUT
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+        super().__init__(self.message.format(**fields))
+
+    @property
+    def way_out(self) -> str:
+        """The hint with its fields filled in; empty where there is none."""
+        missing = {name for _, name, _, _ in string.Formatter().parse(self.hint) if name} - self.fields.keys()
+        assert not missing, f"{type(self).__name__} was raised without {sorted(missing)}"
+        return self.hint.format(**self.fields)
+
+    def __str__(self) -> str:
+        return f"error[{self.code}]: {self.args[0]}" + (f"\n  hint: {self.way_out}" if self.hint else "")
+
+
+class UnknownTarget(GraphoptError):
+    """The name of a target or of its processor is not known."""
+
+    code = "unknown-target"
+    message = "{target}: no such target{near}"
+    hint = "`graphopt targets` lists what can be built and run here"
+
+
+class ToolMissing(GraphoptError):
+    """A tool that the target needs to build or to run is not installed."""
+
+    code = "tool-missing"
+    message = "{tool} is needed to {purpose}, and was not found"
+    hint = "{install}"
+    exit = Exit.UNAVAILABLE
+
+
+class UnsupportedOp(GraphoptError):
+    """An operator that neither our templates nor TVM can express."""
+
+    code = "unsupported-op"
+    message = "{op} at {where} is not supported: {reason}"
+    hint = "rewrite that place of the model with supported operators; `graphopt inspect` lists every operator with its place"
+
+
+class ModelNotFound(GraphoptError):
+    """The model file is missing or may not be read. Exit 5: the path may be right and the file system at fault."""
+
+    code = "model-not-found"
+    message = "{file}: cannot be read: {reason}"
+    hint = "give the path of a .pt2 file written by torch.export.save, or of a .pt file"
+    exit = Exit.IO_FAILED
+
+
+class NotAModel(GraphoptError):
+    """The file can be read and is not a model that capture knows: a directory, an empty file, a picture, ..."""
+
+    code = "not-a-model"
+    message = "{file}: {what}"
+    hint = "graphopt takes .pt2 (torch.export.save), and .pt/.pth holding an exported program or a state_dict"
+
+
+class CorruptModel(GraphoptError):
+    """The file claims to be a model and is truncated, damaged or inconsistent."""
+
+    code = "corrupt-model"
+    message = "{file}: damaged or truncated {kind}: {reason}"
+    hint = "copy or export the file again, and compare its size with the original's"
+
+
+class ModelTooLarge(GraphoptError):
+    """The file, or what it says it unpacks to, is larger than is sane or than this machine's memory."""
+
+    code = "model-too-large"
+    message = "{file}: {what}"
+    hint = "a model must fit in this machine's memory; a small file that unpacks to a huge one is refused as hostile"
+
+
+class UnsafeModel(GraphoptError):
+    """Loading the file would unpickle objects, which runs whatever code the file's author put there."""
+
+    code = "unsafe-model"
+    message = "{file}: holds {what}; loading it would unpickle it, and unpickling runs code that the file brings along"
+    hint = "export it to .pt2 with torch.export.save, or, if you trust its author, pass --unsafe-load"
+
+
+class ScriptedModel(GraphoptError):
+    """A TorchScript archive: a different program format, without a graph that torch.export could take."""
+
+    code = "torchscript-model"
+    message = "{file}: is TorchScript, which graphopt does not take"
+    hint = (
+        "in the Python code that makes the model: torch.export.save(torch.export.export(model.eval(), inputs), "
+        '"model.pt2")'
+    )
+
+
+class UnsupportedFormat(GraphoptError):
+    """A known model format that is not supported (yet)."""
+
+    code = "unsupported-format"
+    message = "{file}: {format} is not yet supported"
+    hint = "{way_out}"
+
+
+class StateDictNeedsModel(GraphoptError):
+    """A bare state_dict has weights and no program."""
+
+    code = "state-dict-needs-model"
+    message = "{file}: holds a state_dict: weights without a program"
+    hint = "name a function that builds the module: --model package.module:factory"
+
+
+class StateDictMismatch(GraphoptError):
+    """The weights in the file are not those of the module that the factory builds."""
+
+    code = "state-dict-mismatch"
+    message = "{file}: does not fit {factory}: {reason}"
+    hint = "the factory must build the very module that the weights were saved from"
+
+
+class BadModelFactory(GraphoptError):
+    """--model names no function that builds an nn.Module."""
+
+    code = "bad-model-factory"
+    message = "--model {factory}: {reason}"
+    hint = "write package.module:function; the function is called without arguments and returns an nn.Module"
+
+
+class BadInputShape(GraphoptError):
+    """An --input-shape that cannot be read, or that does not fit the model."""
+
+    code = "bad-input-shape"
+    message = "{what}"
+    hint = "write name=1x3x224x224, or name=1x128:int64 where it is not float32"
+
+
+class InputsNeeded(GraphoptError):
+    """Nothing says what the inputs of the model look like."""
+
+    code = "inputs-needed"
+    message = "{model}: has no example inputs, so their shapes are not known: {names}"
+    hint = "give one --input-shape NAME=1x3x224x224 for each"
+
+
+class CaptureFailed(GraphoptError):
+    """torch.export refused the module."""
+
+    code = "capture-failed"
+    message = "{model}: torch.export could not capture it: {reason}"
+    hint = "call torch.export.export on the module with the same inputs to see the whole story, and mend that place"
+
+
+class WrongInputs(GraphoptError):
+    """A program was called with tensors that are not what it takes."""
+
+    code = "wrong-inputs"
+    message = "{model}: {what}"
+    hint = "it takes {expected}"
+
+
+class CannotWrite(GraphoptError):
+    """The output could not be written: no permission, a full disk, a missing folder."""
+
+    code = "cannot-write"
+    message = "{file}: cannot be written: {reason}"
+    hint = "choose another place with -o; nothing was left half-written"
+    exit = Exit.IO_FAILED

@@ -1,0 +1,415 @@
+"""The program that everything works on: an exported graph with names, example inputs and the history of its passes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import keyword
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import CannotWrite, WrongInputs
+from graphopt.record import Record
+
+# The member of the .pt2 archive that holds what ExportedProgram has no place for.
+EXTRA = "graphopt.json"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype ("float32") of one input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        return getattr(torch, self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def identifier(text: str, fallback: str = "model") -> str:
+    """A name that is safe in C, Python and file names: [A-Za-z_][A-Za-z0-9_]*."""
+    name = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
+    if not name:
+        return fallback
+    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
+
+
+class Program:
+    """An exported program that always runs in PyTorch.
+
+    It is immutable: passes take a `copy()`, change the graph of that, and wrap it with `replace`. Copies share the
+    weight tensors, so no tensor of `exported.state_dict` or `exported.constants` may be written to; put another
+    tensor in its place. All shapes are static.
+    """
+
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        *,
+        name: str = "model",
+        example_inputs: Mapping[str, Tensor] | None = None,
+        records: Sequence[Record] = (),
+    ) -> None:
+        """Wrap `exported`, which must be functional and static; `capture` makes such a one.
+
+        Args:
+            exported: the graph; it is not copied, and belongs to this Program from now on.
+            name: any text; made safe as an identifier.
+            example_inputs: tensors by input name; taken from `exported` where None.
+            records: passes that ran so far.
+
+        Raises:
+            WrongInputs: the example inputs do not fit.
+        """
+        self._exported = exported
+        self._name = identifier(name)
+        self._records = tuple(records)
+        self._inputs = tuple(_input_specs(exported))
+        self._outputs = tuple(_output_specs(exported))
+        if example_inputs is None:
+            self._examples = _examples_of(exported)
+        else:
+            self._examples = self._checked(example_inputs)
+
+    # What it is -----------------------------------------------------------------------------------------------------
+
+    @property
+    def exported(self) -> ExportedProgram:
+        """The torch.export program underneath. Read it; to change it take `copy()` first."""
+        return self._exported
+
+    @property
+    def graph(self) -> Graph:
+        """The graph underneath, parameters lifted to placeholders. Read it; to change it take `copy()` first."""
+        return self._exported.graph
+
+    @property
+    def name(self) -> str:
+        """The model's name, safe as an identifier and as a file name."""
+        return self._name
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What the user passes, in order, by the names of the forward method's arguments."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What comes back, in order: by key where the model returns a mapping, else output or output_0, output_1."""
+        return self._outputs
+
+    @property
+    def example_inputs(self) -> dict[str, Tensor] | None:
+        """One tensor per input, or None where the model came without."""
+        return None if self._examples is None else dict(self._examples)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What each pass so far did, in order."""
+        return self._records
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, buffers and constants that the graph uses, by placeholder name, in graph order."""
+        return {
+            spec.arg.name: _stored(self._exported, spec.target)
+            for spec in self._exported.graph_signature.input_specs
+            if spec.kind in _STORED and spec.target is not None
+        }
+
+    @property
+    def parameters_bytes(self) -> int:
+        """Bytes of the parameters, buffers and constants that the graph uses; tensors that share storage count once."""
+        used = {node.name for node in self.graph.nodes if node.op == "placeholder" and node.users}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for name, tensor in self.tensors.items()
+            if name in used
+        }
+        return sum(storages.values())
+
+    def __str__(self) -> str:
+        lines = [f"program {self.name}"]
+        lines += [f"  input   {spec}" for spec in self.inputs]
+        lines += [f"  output  {spec}" for spec in self.outputs]
+        lines += [f"  {line}" for line in _listing(self._exported)]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        nodes = sum(node.op == "call_function" for node in self.graph.nodes)
+        takes, gives = (", ".join(map(str, specs)) for specs in (self.inputs, self.outputs))
+        return f"<Program {self.name}: ({takes}) -> ({gives}), {nodes} nodes>"
+
+    # Running it -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run on tensors in the order of `inputs`. One output comes back bare, several as a tuple."""
+        if len(tensors) != len(self.inputs):
+            raise self._wrong(f"got {len(tensors)} tensors, wants {len(self.inputs)}")
+        results = tuple(self.run({spec.name: t for spec, t in zip(self.inputs, tensors, strict=True)}).values())
+        return results[0] if len(results) == 1 else results
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on tensors by name, in inference mode. Buffers that the model updates stay as they are.
+
+        Raises:
+            WrongInputs: a name, shape or dtype is not as in `inputs`.
+        """
+        given = self._checked(inputs)
+        with torch.inference_mode():
+            results = self._exported.graph_module(*_arguments(self._exported, given))
+        return {
+            spec.name: results[place]
+            for spec, place in zip(self.outputs, _user_output_places(self._exported), strict=True)
+        }
+
+    # Making others from it ------------------------------------------------------------------------------------------
+
+    def copy(self) -> Program:
+        """The same program with a graph of its own; the weight tensors are shared."""
+        exported = copy_exported(self._exported)
+        return Program(exported, name=self.name, example_inputs=self._examples, records=self.records)
+
+    def replace(
+        self,
+        *,
+        exported: ExportedProgram | None = None,
+        name: str | None = None,
+        example_inputs: Mapping[str, Tensor] | None = None,
+        records: Sequence[Record] | None = None,
+    ) -> Program:
+        """The same program with what is given put in place. What is not given is shared with this one."""
+        return Program(
+            self._exported if exported is None else exported,
+            name=self.name if name is None else name,
+            example_inputs=self._examples if example_inputs is None else example_inputs,
+            records=self.records if records is None else records,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .pt2 file that torch.export.load and `capture` read; records included. Whole or not at all.
+
+        Raises:
+            CannotWrite: the file system refuses.
+        """
+        exported = copy_exported(self._exported)
+        if self._examples is not None:
+            exported.example_inputs = _example_arguments(exported, self._examples)
+        extra = {"name": self.name, "records": [record.to_json() for record in self.records]}
+        files = {EXTRA: json.dumps(extra, sort_keys=True)}
+        write_whole(path, lambda file: torch.export.save(exported, file, extra_files=files))
+
+    def _checked(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known = [spec.name for spec in self.inputs]
+        if missing := [name for name in known if name not in inputs]:
+            raise self._wrong(f"no tensor for {', '.join(missing)}")
+        if unknown := [name for name in inputs if name not in known]:
+            raise self._wrong(f"it has no input {', '.join(unknown)}")
+        for spec in self.inputs:
+            tensor = inputs[spec.name]
+            if not isinstance(tensor, Tensor):
+                raise self._wrong(f"{spec.name} is {type(tensor).__name__}, not a tensor")
+            got = TensorSpec(spec.name, tuple(tensor.shape), dtype_name(tensor.dtype))
+            if got != spec:
+                raise self._wrong(f"got {got}, wants {spec}")
+        return {name: inputs[name].detach() for name in known}
+
+    def _wrong(self, what: str) -> WrongInputs:
+        return WrongInputs(model=self.name, what=what, expected=", ".join(map(str, self.inputs)) or "no inputs")
+
+
+_STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def copy_exported(exported: ExportedProgram, graph: Graph | None = None) -> ExportedProgram:
+    """A copy with a graph and signature of its own, or with `graph`; the weight tensors are shared."""
+    graph = copy.deepcopy(exported.graph) if graph is None else graph
+    return ExportedProgram(
+        root=GraphModule(exported.graph_module, graph),
+        graph=graph,
+        graph_signature=copy.deepcopy(exported.graph_signature),
+        state_dict=dict(exported.state_dict),
+        range_constraints=dict(exported.range_constraints),
+        module_call_graph=copy.deepcopy(exported.module_call_graph),
+        example_inputs=exported.example_inputs,
+        constants=dict(exported.constants),
+        verifiers=list(exported.verifiers),
+    )
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Any], None]) -> None:
+    """Call `write` with a binary file beside `path`, then rename that to `path`: the file is whole or not there.
+
+    Raises:
+        CannotWrite: the file system refuses.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is readable by its owner only; the result shall have the rights of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(target)
+    except OSError as error:
+        raise CannotWrite(file=target, reason=error.strerror or error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _stored(exported: ExportedProgram, target: str) -> Tensor:
+    return exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
+
+
+def _input_specs(exported: ExportedProgram) -> Iterator[TensorSpec]:
+    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
+            value = values[spec.arg.name]
+            yield TensorSpec(spec.arg.name, tuple(map(int, value.shape)), dtype_name(value.dtype))
+
+
+def _user_output_places(exported: ExportedProgram) -> list[int]:
+    """Where the tensors that the user gets stand in the graph's output tuple."""
+    return [
+        place
+        for place, spec in enumerate(exported.graph_signature.output_specs)
+        if spec.kind is OutputKind.USER_OUTPUT and isinstance(spec.arg, TensorArgument)
+    ]
+
+
+def _output_specs(exported: ExportedProgram) -> Iterator[TensorSpec]:
+    specs = exported.graph_signature.output_specs
+    users = [place for place, spec in enumerate(specs) if spec.kind is OutputKind.USER_OUTPUT]
+    names = dict(zip(users, output_names(exported.call_spec.out_spec), strict=True))
+    results = exported.graph.output_node().args[0]
+    for place in _user_output_places(exported):
+        value = results[place].meta["val"]  # type: ignore[index, union-attr]
+        yield TensorSpec(names[place], tuple(map(int, value.shape)), dtype_name(value.dtype))
+
+
+def output_names(spec: pytree.TreeSpec | None) -> list[str]:
+    """One identifier per leaf of what the model returns, all different."""
+    if spec is None:
+        return []
+    names: list[str] = []
+    for path in _paths(spec):
+        name = base = identifier("_".join(path) if path and not path[0].isdigit() else "_".join(("output", *path)))
+        count = 1
+        while name in names:
+            count += 1
+            name = f"{base}_{count}"
+        names.append(name)
+    return names
+
+
+def keys_of(spec: pytree.TreeSpec) -> list[str] | None:
+    """The keys of a mapping-like node (dict, named tuple, transformers.ModelOutput); None for lists and tuples."""
+    kind, context, size = spec.type, spec.context, spec.num_children
+    if isinstance(context, (list, tuple)) and len(context) == size and size and all(isinstance(k, str) for k in context):
+        return list(context)
+    fields = getattr(kind, "_fields", None) or getattr(context, "_fields", None)
+    return list(fields) if fields and len(fields) == size else None
+
+
+def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
+    if spec.is_leaf():
+        yield ()
+        return
+    keys = keys_of(spec) or [str(place) for place in range(spec.num_children)]
+    for key, child in zip(keys, spec.children(), strict=True):
+        for path in _paths(child):
+            yield (key, *path)
+
+
+def _arguments(exported: ExportedProgram, given: Mapping[str, Tensor]) -> Iterator[Any]:
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in _STORED and spec.target is not None:
+            yield _stored(exported, spec.target)
+        elif isinstance(spec.arg, ConstantArgument):
+            yield spec.arg.value
+        else:
+            yield given[spec.arg.name]
+
+
+def _examples_of(exported: ExportedProgram) -> dict[str, Tensor] | None:
+    if exported.example_inputs is None:
+        return None
+    args, kwargs = exported.example_inputs
+    order = exported.call_spec.in_spec.children()[1].context or []
+    flat = pytree.tree_leaves((args, {key: kwargs[key] for key in order}))
+    names = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    pairs = zip(names, flat, strict=True)
+    return {name: value.detach() for name, value in pairs if isinstance(value, Tensor)}
+
+
+def _example_arguments(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """The example inputs as the args and kwargs of the original forward method."""
+    flat = [
+        spec.arg.value if isinstance(spec.arg, ConstantArgument) else examples[spec.arg.name]
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT
+    ]
+    return pytree.tree_unflatten(flat, exported.call_spec.in_spec)
+
+
+def _listing(exported: ExportedProgram) -> Iterator[str]:
+    """One line per node that computes: name, operator with its arguments, shape and dtype of the result."""
+    targets = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs if spec.target}
+
+    def show(value: Any) -> str:
+        if isinstance(value, Node):
+            return targets.get(value.name, value.name)
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(show, value))}]"
+        return dtype_name(value) if isinstance(value, torch.dtype) else str(value)
+
+    for node in exported.graph.nodes:
+        if node.op == "call_function":
+            arguments = [show(value) for value in node.args]
+            arguments += [f"{key}={show(value)}" for key, value in node.kwargs.items()]
+            yield f"{node.name} = {op_name(node)}({', '.join(arguments)})  {_kind(node.meta.get('val'))}".rstrip()
+
+
+def op_name(node: Node) -> str:
+    """`aten.conv2d` for torch.ops.aten.conv2d.default, with the overload where it is not the default one."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).removesuffix(".default")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)}[{','.join(map(str, value.shape))}]"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_kind, value))})"
+    return ""

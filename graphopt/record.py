@@ -1,0 +1,51 @@
+"""What a pass leaves behind: a record that travels with the program and into the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from graphopt.errors import Decline
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of one pass.
+
+    `changed` counts what was done, by kind ({"conv + batch_norm": 20}); the sizes are totals of the whole program:
+    FLOPs (two per multiply-add), parameters in elements, bytes of parameters and constants. `max_abs_error` is the
+    largest absolute difference of any output on the example inputs, before to after; None where that was not checked.
+    `seconds` differs from run to run, so it is not part of what is compared or written.
+    """
+
+    name: str
+    changed: Mapping[str, int] = field(default_factory=dict)
+    declined: tuple[Decline, ...] = ()
+    flops_before: int = 0
+    flops_after: int = 0
+    params_before: int = 0
+    params_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    max_abs_error: float | None = None
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def total(self) -> int:
+        """How many changes the pass made, of all kinds."""
+        return sum(self.changed.values())
+
+    def to_json(self, *, seconds: bool = False) -> dict[str, Any]:
+        """Plain JSON values. `seconds` is left out unless asked for: artefacts must be the same from run to run."""
+        data = asdict(self)
+        data["changed"] = dict(sorted(self.changed.items()))
+        if not seconds:
+            del data["seconds"]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        """The inverse of `to_json`. Raises TypeError or KeyError where `data` is not a record."""
+        declined = tuple(Decline(item["where"], item["reason"]) for item in data["declined"])
+        return cls(**{**data, "declined": declined})
