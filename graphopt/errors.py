@@ -113,10 +113,10 @@ class ModelTooLarge(GraphoptError):
 
 
 class UnsafeModel(GraphoptError):
-    """Loading the file would unpickle objects, which runs whatever code the file's author put there."""
+    """Loading the file would run whatever code the file's author put there: unpickling objects does."""
 
     code = "unsafe-model"
-    message = "{file}: holds {what}; loading it would unpickle it, and unpickling runs code that the file brings along"
+    message = "{file}: holds {what}; loading it could run code that the file brings along"
     hint = "export it to .pt2 with torch.export.save, or, if you trust its author, pass --unsafe-load"
 
 

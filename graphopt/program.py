@@ -271,7 +271,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Any], None]) -> N
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
-            write(file)
+            write(file.file)
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is readable by its owner only; the result shall have the rights of any new file.
