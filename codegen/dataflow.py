@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from tvm import ir, relax
 
 Array = np.ndarray
+Constant = ir.expr.GenericConst
 
 
 
@@ -64,8 +65,8 @@ class Dataflow:
     def constant(self, expr: relax.Expr) -> Array | None:
         """The value of an expression made of constants and views of them; None if it is only known at run time."""
         expr = self.value(expr)
-        if isinstance(expr, relax.Constant):
-            return expr.data.numpy()
+        if isinstance(expr, Constant):
+            return expr.value.numpy()
         op = op_of(expr)
         if op not in _FOLD:
             return None
@@ -80,13 +81,20 @@ class Dataflow:
         return float(value.reshape(())) if value is not None and value.size == 1 else None
 
 
-_FOLD = {
+_FOLD: dict[str, Callable[..., Array]] = {
     "relax.permute_dims": lambda e, x: x.transpose([int(a) for a in e.attrs.axes] if e.attrs.axes else None),
     "relax.reshape": lambda e, x: x.reshape(shape_of(e)),
     "relax.expand_dims": lambda e, x: x.reshape(shape_of(e)),
     "relax.squeeze": lambda e, x: x.reshape(shape_of(e)),
     "relax.broadcast_to": lambda e, x: np.broadcast_to(x, shape_of(e)),
     "relax.astype": lambda e, x: x.astype(dtype_of(e)),
+    "relax.add": lambda e, x, y: x + y,
+    "relax.subtract": lambda e, x, y: x - y,
+    "relax.multiply": lambda e, x, y: x * y,
+    "relax.divide": lambda e, x, y: x / y,
+    "relax.negative": lambda e, x: -x,
+    "relax.sqrt": lambda e, x: np.sqrt(x),
+    "relax.rsqrt": lambda e, x: 1 / np.sqrt(x),
 }
 
 

@@ -1,0 +1,49 @@
+"""From a program to the Relax function that kernels are chosen for: imported, laid out, without idle reshapes."""
+
+from __future__ import annotations
+
+from tvm import ir, relax
+from tvm.ir import IRModule
+
+from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of
+from graphopt.codegen.importer import to_relax
+from graphopt.codegen.rebuild import rebuild
+from graphopt.codegen.views import simplify_views
+from graphopt.program import Program
+from graphopt.targets.target import Target
+
+# Channels innermost: a pixel's channels fill vectors, a 1x1 convolution is a matrix product as it lies in memory.
+CHANNELS_LAST = {
+    "relax.nn.conv2d": ["NHWC", "OHWI"],
+    "relax.nn.conv2d_transpose": ["NHWC", "IOHW"],
+}
+
+
+def prepare(program: Program, target: Target) -> IRModule:
+    """Import the program and bring it into the form that the templates match.
+
+    Static shapes; weights are constants; on processors convolutions are NHWC with OHWI weights.
+
+    Raises:
+        UnsupportedOp: an operator that cannot be expressed.
+    """
+    module = to_relax(program)
+    passes = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
+    if target.kind != "cuda":
+        passes.insert(1, relax.transform.ConvertLayout(CHANNELS_LAST))
+    module = ir.transform.Sequential(passes)(module)
+    return simplify_views(fold_constants(module))
+
+
+def fold_constants(module: IRModule) -> IRModule:
+    """Compute what depends on constants only, where `Dataflow.constant` can."""
+    flow = Dataflow(module["main"])
+
+    def rewrite(binding: relax.VarBinding, value: relax.Expr, _: relax.BlockBuilder) -> relax.Expr:
+        if op_of(value) and is_tensor(binding.var):
+            known = flow.constant(binding.var)
+            if known is not None:
+                return relax.const(known, dtype_of(binding.var))
+        return value
+
+    return rebuild(module, rewrite)
