@@ -202,3 +202,80 @@ class CannotWrite(GraphoptError):
     message = "{file}: cannot be written: {reason}"
     hint = "choose another place with -o; nothing was left half-written"
     exit = Exit.IO_FAILED
+
+
+class VerificationFailed(GraphoptError):
+    """The compiled artefact does not compute what PyTorch computes. Nothing is written then."""
+
+    code = "verification-failed"
+    message = (
+        "{name}: output {output}{index} is {got} in the artefact and {want} in PyTorch "
+        "({count} of {total} elements differ; tolerance {tolerance}; run by {runner} on the {inputs})"
+    )
+    hint = "compile again with --dump-dir to see every phase; --no-verify writes the bundle as it is, and says so in it"
+    exit = Exit.CHECK_FAILED
+
+
+class BundleNotFound(GraphoptError):
+    """There is nothing at the path of a bundle, or it may not be read."""
+
+    code = "bundle-not-found"
+    message = "{file}: cannot be read: {reason}"
+    hint = "give the path of a bundle folder, which `graphopt compile MODEL -o model.bundle` writes"
+    exit = Exit.IO_FAILED
+
+
+class NotABundle(GraphoptError):
+    """The path exists and is no bundle."""
+
+    code = "not-a-bundle"
+    message = "{file}: is not a bundle: {what}"
+    hint = "a bundle is a folder with a manifest.json, which `graphopt compile MODEL -o model.bundle` writes"
+
+
+class BundleCorrupt(GraphoptError):
+    """A file of the bundle is missing, damaged or changed since the bundle was made."""
+
+    code = "bundle-corrupt"
+    message = "{file}: {what}"
+    hint = "copy the bundle again, or compile it again"
+
+
+class BundleTooNew(GraphoptError):
+    """The bundle's format is newer than this graphopt knows."""
+
+    code = "bundle-too-new"
+    message = "{file}: has format {found}; this graphopt reads up to format {known}"
+    hint = "upgrade graphopt, or compile the bundle again with this one"
+
+
+class OutputInTheWay(GraphoptError):
+    """What stands at the output path is not a bundle that may be replaced."""
+
+    code = "output-in-the-way"
+    message = "{file}: {what}, so it is not replaced"
+    hint = "choose another place with -o, or remove it yourself"
+
+
+class BadSample(GraphoptError):
+    """A file with input or calibration arrays that cannot be used."""
+
+    code = "bad-sample"
+    message = "{file}: {what}"
+    hint = "write it with numpy: numpy.save('x.npy', x), or numpy.savez('samples.npz', x=x) with the inputs' names"
+
+
+class BadOption(GraphoptError):
+    """Options that contradict each other or the model."""
+
+    code = "bad-option"
+    message = "{what}"
+    hint = "{way_out}"
+
+
+class UnknownRival(GraphoptError):
+    """`bench --against` names an engine that there is no adapter for."""
+
+    code = "unknown-rival"
+    message = "--against {rival}: there is no such engine to compare with{near}"
+    hint = "known are: {known}"
