@@ -30,7 +30,8 @@ from graphopt.errors import (
     StateDictMismatch,
     StateDictNeedsModel,
 )
-from graphopt.program import Program, TensorSpec, dtype_name, keys_of
+from graphopt.exported import TensorSpec, dtype_name, keys_of
+from graphopt.program import Program
 from graphopt.record import Record
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def seeded(spec: TensorSpec, *, below: int = 2, seed: int = _SEED) -> Tensor:
     return torch.randint(0, below, spec.shape, generator=generator).to(dtype)
 
 
-# Modules ----------------------------------------------------------------------------------------------------------------
+# Modules -------------------------------------------------------------------------------------------------------------
 
 
 def _from_module(
@@ -194,7 +195,7 @@ def _clone_weights(exported: ExportedProgram) -> None:
         exported.state_dict[target] = copies[key]
 
 
-# Exported programs ------------------------------------------------------------------------------------------------------
+# Exported programs ---------------------------------------------------------------------------------------------------
 
 
 def _from_exported(
@@ -238,7 +239,9 @@ def _dynamic_dims(exported: ExportedProgram) -> dict[str, list[int | None]]:
     for spec in exported.graph_signature.input_specs:
         value = values.get(spec.arg.name) if isinstance(spec.arg, TensorArgument) else None
         if spec.kind is InputKind.USER_INPUT and isinstance(value, Tensor):
-            sizes = [size.node.hint if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
+            sizes: list[int | None] = [
+                size.node.hint if isinstance(size, torch.SymInt) else int(size) for size in value.shape
+            ]
             if any(isinstance(size, torch.SymInt) for size in value.shape):
                 found[spec.arg.name] = sizes
     return found
@@ -270,12 +273,12 @@ def _specialise(
             if key in shapes:
                 flat[place] = seeded(TensorSpec(key, shapes[key].shape, dtype))
             elif flat[place] is None and dtype:
-                known = dynamic.get(key) or list(values[key].shape)  # type: ignore[union-attr]
+                known = dynamic.get(key) or list(values[key].shape)
                 flat[place] = seeded(TensorSpec(key, tuple(int(size or 1) for size in known), dtype))
         args, kwargs = pytree.tree_unflatten(flat, exported.call_spec.in_spec)
     result = _export(exported.module(check_guards=False), args, kwargs, name)
-    sizes = {n.name: n.meta["val"].shape for n in result.graph.nodes if n.op == "placeholder" and n.name in dynamic}
-    chosen = ", ".join(f"{key}={'x'.join(map(str, shape))}" for key, shape in sizes.items())
+    fixed = {n.name: n.meta["val"].shape for n in result.graph.nodes if n.op == "placeholder" and n.name in dynamic}
+    chosen = ", ".join(f"{key}={'x'.join(map(str, shape))}" for key, shape in fixed.items())
     log.warning("%s: dynamic sizes are fixed to %s; choose others with --input-shape", name, chosen)
     return result
 
@@ -319,7 +322,7 @@ def _plain(spec: pytree.TreeSpec) -> pytree.TreeSpec:
     return pytree.TreeSpec(spec.type if spec.type in (list, tuple) else tuple, None, children)
 
 
-# Example inputs and state_dicts -----------------------------------------------------------------------------------------
+# Example inputs and state_dicts --------------------------------------------------------------------------------------
 
 
 def _seeded_examples(program: Program) -> dict[str, Tensor]:

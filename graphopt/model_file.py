@@ -50,12 +50,14 @@ _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 _TARGET = re.compile(r"torch\.ops\.\w+\.\w+\.\w+|torch\.ops\.higher_order\.\w+|(_operator|math)\.\w+|torch\.sym_\w+")
 _FORBIDDEN_TARGETS = ("torch.ops.aten.from_file.", "_operator.attrgetter", "_operator.methodcaller", "_operator.call")
 # What the expression of a symbolic size may call; sympy evaluates it as Python.
-_SIZE_FUNCTIONS = frozenset(
-    "Symbol Integer Float Rational Add Mul Pow Max Min Mod PythonMod FloorDiv CeilDiv CleanDiv ModularIndexing Where "
-    "TruncToInt TruncToFloat FloorToInt CeilToInt RoundToInt RoundDecimal ToFloat IntTrueDiv FloatTrueDiv FloatPow "
-    "PowByNatural LShift RShift Identity IsNonOverlappingAndDenseIndicator floor ceiling Abs sqrt Eq Ne Lt Le Gt Ge "
-    "And Or Not Unequality Equality StrictLessThan LessThan StrictGreaterThan GreaterThan".split()
-)
+_SIZE_FUNCTIONS = {
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv",
+    "CeilDiv", "CleanDiv", "ModularIndexing", "Where", "TruncToInt", "TruncToFloat", "FloorToInt", "CeilToInt",
+    "RoundToInt", "RoundDecimal", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow", "PowByNatural", "LShift",
+    "RShift", "Identity", "IsNonOverlappingAndDenseIndicator", "floor", "ceiling", "Abs", "sqrt", "Eq", "Ne", "Lt",
+    "Le", "Gt", "Ge", "And", "Or", "Not", "Unequality", "Equality", "StrictLessThan", "LessThan",
+    "StrictGreaterThan", "GreaterThan",
+}  # fmt: skip
 _SIZE_SYNTAX = (
     ast.Expression, ast.Name, ast.Load, ast.Constant, ast.Call, ast.keyword, ast.BinOp, ast.UnaryOp, ast.BoolOp,
     ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
@@ -171,7 +173,7 @@ def _sniff_archive(file: Path, size: int, memory_bytes: int) -> Kind:
     raise NotAModel(file=file, what="is a zip file, and holds no model")
 
 
-# Pickled things ---------------------------------------------------------------------------------------------------------
+# Pickled things ------------------------------------------------------------------------------------------------------
 
 
 def _load_pickled(file: Path, unsafe_load: bool) -> Loaded:
@@ -215,7 +217,7 @@ def _state_dict_in(content: Any) -> Mapping[str, Tensor] | None:
     return None
 
 
-# Exported programs ------------------------------------------------------------------------------------------------------
+# Exported programs ---------------------------------------------------------------------------------------------------
 
 
 def _load_exported(file: Path, unsafe_load: bool) -> Loaded:

@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import keyword
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
-from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
+from torch.fx import Graph
 
 from graphopt.errors import CannotWrite, WrongInputs
+from graphopt.exported import (
+    STORED,
+    TensorSpec,
+    arguments,
+    copy_exported,
+    dtype_name,
+    example_arguments,
+    examples_of,
+    identifier,
+    input_specs,
+    listing,
+    output_specs,
+    stored,
+    user_output_places,
+)
 from graphopt.record import Record
 
 # The member of the .pt2 archive that holds what ExportedProgram has no place for.
 EXTRA = "graphopt.json"
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape and dtype ("float32") of one input or output."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
-        return getattr(torch, self.dtype)
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` -> "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def identifier(text: str, fallback: str = "model") -> str:
-    """A name that is safe in C, Python and file names: [A-Za-z_][A-Za-z0-9_]*."""
-    name = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
-    if not name:
-        return fallback
-    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
 
 
 class Program:
@@ -87,10 +66,10 @@ class Program:
         self._exported = exported
         self._name = identifier(name)
         self._records = tuple(records)
-        self._inputs = tuple(_input_specs(exported))
-        self._outputs = tuple(_output_specs(exported))
+        self._inputs = tuple(input_specs(exported))
+        self._outputs = tuple(output_specs(exported))
         if example_inputs is None:
-            self._examples = _examples_of(exported)
+            self._examples = examples_of(exported)
         else:
             self._examples = self._checked(example_inputs)
 
@@ -135,9 +114,9 @@ class Program:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, buffers and constants that the graph uses, by placeholder name, in graph order."""
         return {
-            spec.arg.name: _stored(self._exported, spec.target)
+            spec.arg.name: stored(self._exported, spec.target)
             for spec in self._exported.graph_signature.input_specs
-            if spec.kind in _STORED and spec.target is not None
+            if spec.kind in STORED and spec.target is not None
         }
 
     @property
@@ -155,7 +134,7 @@ class Program:
         lines = [f"program {self.name}"]
         lines += [f"  input   {spec}" for spec in self.inputs]
         lines += [f"  output  {spec}" for spec in self.outputs]
-        lines += [f"  {line}" for line in _listing(self._exported)]
+        lines += [f"  {line}" for line in listing(self._exported)]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -180,10 +159,10 @@ class Program:
         """
         given = self._checked(inputs)
         with torch.inference_mode():
-            results = self._exported.graph_module(*_arguments(self._exported, given))
+            results = self._exported.graph_module(*arguments(self._exported, given))
         return {
             spec.name: results[place]
-            for spec, place in zip(self.outputs, _user_output_places(self._exported), strict=True)
+            for spec, place in zip(self.outputs, user_output_places(self._exported), strict=True)
         }
 
     # Making others from it ------------------------------------------------------------------------------------------
@@ -217,7 +196,7 @@ class Program:
         """
         exported = copy_exported(self._exported)
         if self._examples is not None:
-            exported.example_inputs = _example_arguments(exported, self._examples)
+            exported.example_inputs = example_arguments(exported, self._examples)
         extra = {"name": self.name, "records": [record.to_json() for record in self.records]}
         files = {EXTRA: json.dumps(extra, sort_keys=True)}
         write_whole(path, lambda file: torch.export.save(exported, file, extra_files=files))
@@ -239,25 +218,6 @@ class Program:
 
     def _wrong(self, what: str) -> WrongInputs:
         return WrongInputs(model=self.name, what=what, expected=", ".join(map(str, self.inputs)) or "no inputs")
-
-
-_STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
-
-def copy_exported(exported: ExportedProgram, graph: Graph | None = None) -> ExportedProgram:
-    """A copy with a graph and signature of its own, or with `graph`; the weight tensors are shared."""
-    graph = copy.deepcopy(exported.graph) if graph is None else graph
-    return ExportedProgram(
-        root=GraphModule(exported.graph_module, graph),
-        graph=graph,
-        graph_signature=copy.deepcopy(exported.graph_signature),
-        state_dict=dict(exported.state_dict),
-        range_constraints=dict(exported.range_constraints),
-        module_call_graph=copy.deepcopy(exported.module_call_graph),
-        example_inputs=exported.example_inputs,
-        constants=dict(exported.constants),
-        verifiers=list(exported.verifiers),
-    )
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Any], None]) -> None:
@@ -284,132 +244,3 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Any], None]) -> N
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def _stored(exported: ExportedProgram, target: str) -> Tensor:
-    return exported.state_dict[target] if target in exported.state_dict else exported.constants[target]
-
-
-def _input_specs(exported: ExportedProgram) -> Iterator[TensorSpec]:
-    values = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
-    for spec in exported.graph_signature.input_specs:
-        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
-            value = values[spec.arg.name]
-            yield TensorSpec(spec.arg.name, tuple(map(int, value.shape)), dtype_name(value.dtype))
-
-
-def _user_output_places(exported: ExportedProgram) -> list[int]:
-    """Where the tensors that the user gets stand in the graph's output tuple."""
-    return [
-        place
-        for place, spec in enumerate(exported.graph_signature.output_specs)
-        if spec.kind is OutputKind.USER_OUTPUT and isinstance(spec.arg, TensorArgument)
-    ]
-
-
-def _output_specs(exported: ExportedProgram) -> Iterator[TensorSpec]:
-    specs = exported.graph_signature.output_specs
-    users = [place for place, spec in enumerate(specs) if spec.kind is OutputKind.USER_OUTPUT]
-    names = dict(zip(users, output_names(exported.call_spec.out_spec), strict=True))
-    results = exported.graph.output_node().args[0]
-    for place in _user_output_places(exported):
-        value = results[place].meta["val"]  # type: ignore[index, union-attr]
-        yield TensorSpec(names[place], tuple(map(int, value.shape)), dtype_name(value.dtype))
-
-
-def output_names(spec: pytree.TreeSpec | None) -> list[str]:
-    """One identifier per leaf of what the model returns, all different."""
-    if spec is None:
-        return []
-    names: list[str] = []
-    for path in _paths(spec):
-        name = base = identifier("_".join(path) if path and not path[0].isdigit() else "_".join(("output", *path)))
-        count = 1
-        while name in names:
-            count += 1
-            name = f"{base}_{count}"
-        names.append(name)
-    return names
-
-
-def keys_of(spec: pytree.TreeSpec) -> list[str] | None:
-    """The keys of a mapping-like node (dict, named tuple, transformers.ModelOutput); None for lists and tuples."""
-    kind, context, size = spec.type, spec.context, spec.num_children
-    if isinstance(context, (list, tuple)) and len(context) == size and size and all(isinstance(k, str) for k in context):
-        return list(context)
-    fields = getattr(kind, "_fields", None) or getattr(context, "_fields", None)
-    return list(fields) if fields and len(fields) == size else None
-
-
-def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
-    if spec.is_leaf():
-        yield ()
-        return
-    keys = keys_of(spec) or [str(place) for place in range(spec.num_children)]
-    for key, child in zip(keys, spec.children(), strict=True):
-        for path in _paths(child):
-            yield (key, *path)
-
-
-def _arguments(exported: ExportedProgram, given: Mapping[str, Tensor]) -> Iterator[Any]:
-    for spec in exported.graph_signature.input_specs:
-        if spec.kind in _STORED and spec.target is not None:
-            yield _stored(exported, spec.target)
-        elif isinstance(spec.arg, ConstantArgument):
-            yield spec.arg.value
-        else:
-            yield given[spec.arg.name]
-
-
-def _examples_of(exported: ExportedProgram) -> dict[str, Tensor] | None:
-    if exported.example_inputs is None:
-        return None
-    args, kwargs = exported.example_inputs
-    order = exported.call_spec.in_spec.children()[1].context or []
-    flat = pytree.tree_leaves((args, {key: kwargs[key] for key in order}))
-    names = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    pairs = zip(names, flat, strict=True)
-    return {name: value.detach() for name, value in pairs if isinstance(value, Tensor)}
-
-
-def _example_arguments(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """The example inputs as the args and kwargs of the original forward method."""
-    flat = [
-        spec.arg.value if isinstance(spec.arg, ConstantArgument) else examples[spec.arg.name]
-        for spec in exported.graph_signature.input_specs
-        if spec.kind is InputKind.USER_INPUT
-    ]
-    return pytree.tree_unflatten(flat, exported.call_spec.in_spec)
-
-
-def _listing(exported: ExportedProgram) -> Iterator[str]:
-    """One line per node that computes: name, operator with its arguments, shape and dtype of the result."""
-    targets = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs if spec.target}
-
-    def show(value: Any) -> str:
-        if isinstance(value, Node):
-            return targets.get(value.name, value.name)
-        if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(show, value))}]"
-        return dtype_name(value) if isinstance(value, torch.dtype) else str(value)
-
-    for node in exported.graph.nodes:
-        if node.op == "call_function":
-            arguments = [show(value) for value in node.args]
-            arguments += [f"{key}={show(value)}" for key, value in node.kwargs.items()]
-            yield f"{node.name} = {op_name(node)}({', '.join(arguments)})  {_kind(node.meta.get('val'))}".rstrip()
-
-
-def op_name(node: Node) -> str:
-    """`aten.conv2d` for torch.ops.aten.conv2d.default, with the overload where it is not the default one."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target).removesuffix(".default")
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{dtype_name(value.dtype)}[{','.join(map(str, value.shape))}]"
-    if isinstance(value, (list, tuple)):
-        return f"({', '.join(map(_kind, value))})"
-    return ""
