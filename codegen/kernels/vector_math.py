@@ -2,7 +2,7 @@
 
     exp      2^n p(r), x = n ln 2 + r, |r| <= ln 2 / 2, p of degree 7 (Cephes)          at most 2 ulp
     log      e ln 2 + p(m - 1), x = m 2^e, sqrt(1/2) <= m < sqrt(2) (Cephes)            at most 2 ulp
-    erf      x P(x^2) / Q(x^2), constant beyond 3.75 (the rational of XLA and Eigen)    at most 4 ulp
+    erf      x P(x^2) / Q(x^2), constant beyond 3.75 (the rational of XLA and Eigen)    at most 5 ulp
     tanh     -u / (u + 2), u = exp(-2 |x|) - 1, with the sign of x                      at most 3 ulp
     sigmoid  1 / (1 + exp(-x))                                                          at most 3 ulp
     sin, cos the quadrant in float64, then Cephes's polynomials                         at most 2 ulp, |x| <= 1e5
@@ -22,12 +22,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
+from graphopt.codegen.kernels.tir_rewrite import Rewriter
+from graphopt.targets.target import Target
 from tvm import tirx
 from tvm.ir import Call, IRModule
 from tvm.tirx import PrimFunc, Select
-
-from graphopt.codegen.kernels.tir_rewrite import Rewriter
-from graphopt.targets.target import Target
 
 Expr = Any  # TIR expressions: their operators are overloaded at run time
 Let = Callable[[Expr], Expr]  # computes a value once, before the statement, and gives the variable that holds it
@@ -281,9 +280,13 @@ class _Expand(Rewriter):
         return tirx.SeqStmt(sequence)
 
     def let(self, value: Expr) -> Expr:
-        var = tirx.Var("m", value.ty)
-        self.bindings.append(tirx.Bind(var, value))
-        return var
+        # A buffer and not a variable: TVM's simplifier looks through variables, and takes (x + c) - c for x in floats too.
+        # LLVM keeps the buffer in a register.
+        lanes = int(value.ty.dtype.lanes)
+        buffer = tirx.decl_buffer((lanes,), str(value.ty.dtype).split("x")[0], "m", scope="local")
+        index = tirx.Ramp(0, 1, lanes) if lanes > 1 else tirx.const(0, "int32")
+        self.bindings += [tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [index])]
+        return tirx.BufferLoad(buffer, [index])
 
     def expr(self, e: Any) -> Any:
         if isinstance(e, tirx.Select):
@@ -312,7 +315,11 @@ class _Expand(Rewriter):
         if dtype not in ("float32", "float16") or (name == "pow" and (exponent is None or not math.isfinite(exponent))):
             return call
         for guard in reversed(self.guards):
-            x = tirx.if_then_else(guard, x, _like(1.0, x)) if int(x.ty.dtype.lanes) == 1 else Select(guard, x, _like(1.0, x))
+            x = (
+                tirx.if_then_else(guard, x, _like(1.0, x))
+                if int(x.ty.dtype.lanes) == 1
+                else Select(guard, x, _like(1.0, x))
+            )
         v = self.let(x if dtype == "float32" else tirx.Cast(_type("float32", x), x))
         y = UNARY[name](v, self.let) if exponent is None else power(v, exponent, self.let)
         return y if dtype == "float32" else tirx.Cast(x.ty.dtype, y)
@@ -330,7 +337,7 @@ def _constant(x: Expr) -> float | None:
     return float(x.value) if isinstance(x, tirx.FloatImm | tirx.IntImm) else None
 
 
-def ExpandMath(target: Target) -> tvm.ir.transform.Pass:  # noqa: N802 - named like the TVM passes it stands among
+def ExpandMath(target: Target) -> tvm.ir.transform.Pass:
     """Replace calls of exp, erf, tanh and their like by vector code. The same for every target."""
 
     @tvm.ir.transform.module_pass(opt_level=0, name="ExpandMath")
