@@ -35,7 +35,7 @@ def substitute(expr: relax.Expr, env: Mapping[relax.Var, relax.Expr]) -> relax.E
 def rebuild(module: IRModule, rewrite: Rewrite) -> IRModule:
     """Build `main` again, asking `rewrite` for every binding with its variables already replaced.
 
-    What is left without a use afterwards is removed.
+    The answer may name variables of the old function. What is left without a use afterwards is removed.
     """
     flow = Dataflow(module["main"])
     builder = relax.BlockBuilder()
@@ -47,6 +47,7 @@ def rebuild(module: IRModule, rewrite: Rewrite) -> IRModule:
                 new = rewrite(binding, substitute(binding.value, env), builder)
                 if new is None:
                     continue
+                new = substitute(new, env)
                 if not isinstance(new, relax.Var | Constant | relax.Tuple):
                     new = builder.emit(new)
                 env[binding.var] = new

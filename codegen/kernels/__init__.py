@@ -1,1 +1,17 @@
 """Kernel templates, one file per kernel family."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from graphopt.codegen.kernels.template import Template
+
+# Family to class. Where two look at the same operator, the earlier one is asked first.
+TEMPLATES: dict[str, str] = {}
+
+
+@cache
+def templates() -> tuple[Template, ...]:
+    """One instance of every template, in the order in which they are asked."""
+    return tuple(getattr(import_module(f"{__name__}.{file}"), cls)() for file, cls in TEMPLATES.items())

@@ -1,0 +1,59 @@
+"""Choose a kernel template for each piece of the graph that has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import relax
+from tvm.ir import IRModule
+
+from graphopt.codegen.dataflow import Dataflow, op_of
+from graphopt.codegen.kernels import templates
+from graphopt.codegen.kernels.template import KernelCall
+from graphopt.codegen.rebuild import rebuild
+from graphopt.errors import Decline
+from graphopt.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The module with chosen pieces as calls of external kernels, and what those calls mean."""
+
+    module: IRModule
+    calls: dict[str, KernelCall]  # name of the external function in the module to its call
+    declined: tuple[Decline, ...]
+
+
+def select(module: IRModule, target: Target) -> Selection:
+    """Let the templates look at every operator, in program order; the first that accepts one takes it."""
+    flow = Dataflow(module["main"])
+    by_anchor: dict[str, list] = {}
+    for template in templates():
+        for anchor in template.anchors:
+            by_anchor.setdefault(anchor, []).append(template)
+
+    taken: set[relax.Var] = set()
+    at: dict[relax.Var, KernelCall] = {}
+    declined: list[Decline] = []
+    for binding in flow.bindings:
+        if binding.var in taken:
+            continue
+        for template in by_anchor.get(op_of(binding.value), ()):
+            result = template.match(flow, binding, target)
+            if isinstance(result, Decline):
+                declined.append(Decline(f"{template.name}: {result.where}", result.reason))
+            elif taken.isdisjoint(result.covers):
+                taken.update(result.covers)
+                at[result.output] = result
+                break
+
+    names = {var: f"call{i}" for i, var in enumerate(at)}
+
+    def rewrite(binding: relax.VarBinding, value: relax.Expr, _: relax.BlockBuilder) -> relax.Expr:
+        call = at.get(binding.var)
+        if call is None:
+            return value
+        return relax.call_dps_packed(names[binding.var], relax.Tuple(list(call.inputs)), out_ty=binding.var.ty)
+
+    calls = {names[var]: call for var, call in at.items()}
+    return Selection(rebuild(module, rewrite), calls, tuple(declined))
