@@ -1,0 +1,200 @@
+"""A compiled model in one folder: manifest.json, the code for its target, weights.bin, a header or a loader."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from graphopt.arrays import Array, Note, fit_inputs
+from graphopt.errors import BundleCorrupt, GraphoptError, NotABundle, OutputInTheWay, WrongInputs
+from graphopt.manifest import MANIFEST, Manifest, check_files, entry_of, read_manifest
+from graphopt.staging import publish_folder, resolved, staged
+
+
+class Bundle:
+    """A compiled model: call it with arrays or tensors, read what it is from `manifest`.
+
+    Running it loads the machine code in it: the hashes tell damage from an intact bundle, they do not tell a friend's
+    bundle from a foe's.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, threads: int = 0) -> None:
+        """Use `load` for a bundle that is on disk."""
+        self.path = path
+        self.manifest = manifest
+        self._threads = threads
+        self._runner: Any = None
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest.name
+
+    @property
+    def target(self) -> str:
+        """The target that it is for, as the user may write it: "cpu", "arm:cortex-a76"."""
+        return self.manifest.target["spec"]
+
+    @property
+    def total_bytes(self) -> int:
+        """The size of all its files, the manifest included."""
+        return sum(entry.bytes for entry in self.manifest.files.values()) + len(self.manifest.text().encode())
+
+    def __repr__(self) -> str:
+        takes, gives = (", ".join(map(str, s)) for s in (self.manifest.inputs, self.manifest.outputs))
+        return f"<Bundle {self.name} for {self.target}: ({takes}) -> ({gives})>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array | dict[str, Array]:
+        """Run on arrays or tensors, in the order of the inputs, by name, or both. Returns as `run` does."""
+        specs = self.manifest.inputs
+        if len(args) > len(specs):
+            what = f"got {len(args)} tensors, wants {len(specs)}"
+            raise WrongInputs(model=self.name, what=what, expected=", ".join(map(str, specs)) or "no inputs")
+        by_place = {spec.name: value for spec, value in zip(specs, args, strict=False)}
+        if twice := sorted(by_place.keys() & kwargs.keys()):
+            what = f"{', '.join(twice)} is given twice"
+            raise WrongInputs(model=self.name, what=what, expected=", ".join(map(str, specs)))
+        return self.run(by_place | kwargs)
+
+    def run(self, inputs: Mapping[str, Any], *, note: Note | None = None) -> Array | dict[str, Array]:
+        """Run on numpy arrays or torch tensors by name.
+
+        Args:
+            inputs: one per input of the manifest, with its shape; a dtype that converts without loss is converted.
+            note: hears about such conversions.
+
+        Returns:
+            A new numpy array where the model has one output, else a dict of them by name.
+
+        Raises:
+            WrongInputs: a name, shape or dtype does not fit.
+            ToolMissing: what the target needs to run here is not installed.
+        """
+        arrays = fit_inputs(self.name, self.manifest.inputs, inputs, note)
+        results = self.runner.run(arrays)
+        if len(self.manifest.outputs) == 1:
+            return results[0]
+        return {spec.name: result for spec, result in zip(self.manifest.outputs, results, strict=True)}
+
+    @property
+    def runner(self) -> Any:
+        """What runs it on its target, opened at the first use. Raises ToolMissing."""
+        if self._runner is None:
+            self._runner = open_runner(self.path, self.manifest, threads=self._threads)
+        return self._runner
+
+    def close(self) -> None:
+        """Let go of the library, the weights and, where there is one, the process that runs it."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, path: str | os.PathLike[str]) -> Bundle:
+        """Copy it to `path` and return the bundle there. A bundle at that place is replaced, nothing else is.
+
+        Raises:
+            OutputInTheWay: something else stands there.
+            CannotWrite: the file system refuses; nothing is left half-written.
+        """
+        with new_bundle(path) as stage:
+            for name in (*self.manifest.files, MANIFEST):
+                shutil.copyfile(self.path / name, stage / name)
+        return Bundle(resolved(path), self.manifest, threads=self._threads)
+
+
+def load(path: str | os.PathLike[str], *, threads: int = 0) -> Bundle:
+    """Open a bundle, having checked every file's hash.
+
+    Args:
+        path: the bundle's folder.
+        threads: how many it may use; 0 for one per processor.
+
+    Raises:
+        BundleNotFound, NotABundle: there is nothing at the path, or something else.
+        BundleCorrupt: a file is missing, damaged or changed.
+        BundleTooNew: its format is newer than this graphopt.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return Bundle(folder.resolve(), manifest, threads=threads)
+
+
+def seal(stage: Path, manifest: Manifest) -> Manifest:
+    """Write manifest.json for the files that lie in `stage`, with their sizes and hashes. Raises OSError."""
+    files = {file.name: entry_of(file) for file in sorted(stage.iterdir()) if file.name != MANIFEST}
+    manifest = replace(manifest, files=files)
+    (stage / MANIFEST).write_text(manifest.text(), encoding="utf-8")
+    return manifest
+
+
+@contextmanager
+def new_bundle(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty folder for a bundle's files; at the end of the block it becomes `output`, after an error nothing.
+
+    Raises:
+        OutputInTheWay: something that is not a bundle stands there.
+        CannotWrite: the file system refuses; nothing is left half-written.
+    """
+    check_replaceable(output)
+    with staged(output) as stage:
+        yield stage
+        check_replaceable(output)  # once more: compiling takes a while
+        publish_folder(stage, output)
+
+
+def temporary_bundle(parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A folder for a bundle that nobody asked to keep."""
+    return tempfile.TemporaryDirectory(prefix="graphopt-", dir=parent)
+
+
+def keep_while(bundle: Bundle, folder: tempfile.TemporaryDirectory[str]) -> Bundle:
+    """Remove `folder` when `bundle` is no longer used."""
+    weakref.finalize(bundle, folder.cleanup)
+    return bundle
+
+
+def check_replaceable(output: str | os.PathLike[str]) -> None:
+    """A bundle may be written where nothing, an empty folder or a bundle is; nothing else is ever removed.
+
+    Raises:
+        OutputInTheWay: with what stands there.
+    """
+    place = resolved(output)
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise OutputInTheWay(file=output, what="is a file, and a bundle is a folder")
+    present = {child.name for child in place.iterdir()}
+    if not present:
+        return
+    try:
+        manifest = read_manifest(place)
+    except NotABundle as error:
+        raise OutputInTheWay(file=output, what="is a folder that is not a bundle") from error
+    except BundleCorrupt as error:
+        raise OutputInTheWay(file=output, what="is a folder with a damaged manifest.json") from error
+    except GraphoptError as error:
+        raise OutputInTheWay(file=output, what=f"cannot be looked into ({error.args[0]})") from error
+    if extra := sorted(present - manifest.files.keys() - {MANIFEST}):
+        raise OutputInTheWay(file=output, what=f"holds {extra[0]}, which is not part of the bundle")
+
+
+def open_runner(path: Path, manifest: Manifest, *, threads: int = 0, runner: str | None = None) -> Any:
+    """What runs the bundle's code. Raises ToolMissing, UnknownTarget."""
+    from graphopt import targets
+
+    return targets.open_runner(path, manifest, threads=threads, runner=runner)
