@@ -4,7 +4,8 @@
     permute NHWC -> NCHW, reshape [c, h w], permute [h w, c]                                             ->   a reshape
 
 A chain is followed as strides into the chain's root: a reshape splits and groups (stride, extent) pairs, a transpose
-reorders them. What counts in the end is their order only. A reshape is free: it names the same bytes.
+reorders them. What counts in the end is their order only. A reshape is free: it names the same bytes. Elementwise
+operators do not mind the order: they are computed on the root, and the view taken of their result.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ import numpy as np
 from tvm import relax
 from tvm.ir import IRModule
 
-from graphopt.codegen.dataflow import Constant, dtype_of, op_of, shape_of
+from graphopt.codegen.dataflow import Constant, dtype_of, is_tensor, op_of, shape_of
 from graphopt.codegen.rebuild import rebuild
 
 RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+
+ELEMENTWISE = frozenset(
+    f"relax.{name}"
+    for name in (
+        "abs add astype ceil clip cos divide erf exp floor floor_divide log maximum minimum multiply negative power "
+        "round rsqrt sigmoid sin sqrt square subtract tanh nn.gelu nn.gelu_tanh nn.leakyrelu nn.relu nn.silu"
+    ).split()
+)
 
 # (stride in elements of the root, extent); extents of one are left out.
 Factor = tuple[int, int]
@@ -79,8 +88,25 @@ def simplify_views(module: IRModule) -> IRModule:
     """Replace each chain of reshapes and transposes by at most reshape, transpose, reshape of the chain's root."""
     views: dict[relax.Var, View] = {}
 
+    def sink(value: relax.Call, builder: relax.BlockBuilder) -> relax.Expr:
+        """An elementwise operator on views of one kind becomes a view of the operator on the roots."""
+        tensors = [a for a in value.args if is_tensor(a) and not _is_scalar(a)]
+        seen = [views.get(a) for a in tensors]
+        kinds = {(view.dims, shape_of(view.root)) for view in seen if view is not None}
+        if None in seen or len(kinds) != 1 or len({shape_of(a) for a in tensors}) != 1:
+            return value
+        roots = {a: view.root for a, view in zip(tensors, seen, strict=True)}
+        args = [roots.get(a, _flat(a)) if is_tensor(a) else a for a in value.args]
+        root = builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
+        after = View(root, seen[0].dims)
+        new = _emit(after, shape_of(tensors[0]), builder)
+        views[new] = after
+        return new
+
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
         op = op_of(value)
+        if op in ELEMENTWISE:
+            return sink(value, builder)
         if op not in RESHAPES and op != "relax.permute_dims":
             return value
         source, shape = value.args[0], shape_of(binding.var)
@@ -110,6 +136,17 @@ def _emit(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> re
         value = _reshape(value, tuple(size for _, size in in_root), builder)
         value = builder.emit(relax.op.permute_dims(value, [in_root.index(block) for block in blocks]))
     return _reshape(value, shape, builder)
+
+
+def _is_scalar(expr: relax.Expr) -> bool:
+    return isinstance(expr, Constant) and math.prod(shape_of(expr)) == 1
+
+
+def _flat(scalar: relax.Expr) -> relax.Expr:
+    """A constant with one element without its rank, so that it broadcasts to anything; other tensors as they are."""
+    if not isinstance(scalar, Constant):
+        return scalar
+    return relax.const(scalar.value.numpy().reshape(()), dtype_of(scalar))
 
 
 def _reshape(value: relax.Expr, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
