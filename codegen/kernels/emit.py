@@ -1,0 +1,84 @@
+"""Writing TIR from Python: flat buffers, vectors as ramps, loops as `with` blocks.
+
+Everything that is unrolled is a loop in Python, so a kernel's source says what each register holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import PrimFunc
+from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
+
+Expr = Any  # a TIR expression or a Python int
+Buffer = Any
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+def accumulator(dtype: str) -> str:
+    """The type to compute in: 16-bit floats are widened."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def prim_func(buffers: Sequence[tuple[str, int, str]], body: Callable[..., None]) -> PrimFunc:
+    """A function over flat buffers (name, elements, dtype); `body` is called with them and emits the statements."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("kernel")
+            T.func_attr({"tirx.noalias": True})
+            body(*(T.arg(n, T.buffer((max(size, 1),), dtype, layout=None)) for n, size, dtype in buffers))
+    return builder.get()
+
+
+def index(start: Expr, lanes: int) -> Expr:
+    """`lanes` consecutive elements from `start`."""
+    return tirx.Ramp(start, 1, lanes) if lanes > 1 else start
+
+
+def load(buffer: Buffer, start: Expr, lanes: int, dtype: str) -> Expr:
+    """A vector of `dtype`, converted where the buffer's elements differ."""
+    value = tirx.BufferLoad(buffer, [index(start, lanes)])
+    return value if str(buffer.dtype) == dtype else value.astype(f"{dtype}x{lanes}" if lanes > 1 else dtype)
+
+
+def store(buffer: Buffer, start: Expr, value: Expr, lanes: int, dtype: str) -> None:
+    """Store a vector of `dtype`, converted to the buffer's elements."""
+    kept = str(buffer.dtype)
+    if kept != dtype:
+        value = value.astype(f"{kept}x{lanes}" if lanes > 1 else kept)
+    T.buffer_store(buffer, value, [index(start, lanes)])
+
+
+def spread(value: Expr, lanes: int) -> Expr:
+    """A scalar in every lane."""
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def splat(value: float, lanes: int, dtype: str) -> Expr:
+    """A constant in every lane."""
+    return spread(tirx.const(value, dtype), lanes)
+
+
+def loop(extent: int, parallel: bool = False) -> Any:
+    """A counted loop, over threads where asked."""
+    return T.parallel(0, extent) if parallel and extent > 1 else T.serial(0, extent)
+
+
+def copy_run(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int, lanes: int) -> None:
+    """target[to : to + count] = source[start : start + count], or zeros where `source` is None."""
+
+    def move(offset: Expr, width: int) -> None:
+        kind = str(target.dtype)
+        value = splat(0.0, width, kind) if source is None else load(source, start + offset, width, kind)
+        store(target, to + offset, value, width, kind)
+
+    if count >= lanes:
+        with T.serial(0, count // lanes) as i:
+            move(i * lanes, lanes)
+    if count % lanes:
+        with T.serial(0, count % lanes) as i:
+            move(count // lanes * lanes + i, 1)

@@ -1,0 +1,200 @@
+"""The register tile at the heart of dense kernels, and the loops around it.
+
+    C[r, c] = sum_t A[offset(r) + shift(t)] * W[panel(c)][t][c]        for mr rows and nr columns at a time
+
+mr x nr accumulators stay in registers; each step of t broadcasts mr elements of A and loads nr of W, and does mr * nr
+multiply-adds. The last tile of rows and the last panel of columns overlap their predecessors, so there is no code for
+remainders: start = min(i * mr, m - mr).
+    limit: fma_per_cycle * lanes multiply-adds per cycle; two loads per cycle.
+Source: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 2008. Differs: A is read in
+place, for it fits the second-level cache in blocks and its rows are contiguous along t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
+
+from graphopt.codegen.dataflow import Array
+from graphopt.codegen.kernels.emit import Buffer, Expr, load, loop, splat, spread
+from graphopt.targets.target import Isa, Target
+
+LOADS_PER_CYCLE = 2
+# A thread that is woken must have this much to do, or waking it costs more than it saves.
+FLOPS_PER_TASK = 200_000
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of the accumulators, and elements of one vector."""
+
+    mr: int
+    nr: int
+    lanes: int
+
+    @property
+    def vectors(self) -> int:
+        """Vectors in a row of the tile."""
+        return self.nr // self.lanes
+
+    def __str__(self) -> str:
+        return f"{self.mr}x{self.nr}"
+
+
+@dataclass(frozen=True)
+class Nest:
+    """Sizes of a product and how its loops are cut.
+
+    `reduction` lists the loops of t, outermost first, as (extent, stride in A, stride in W).
+    """
+
+    m: int
+    n: int
+    reduction: tuple[tuple[int, int, int], ...]
+    tile: Tile
+    block: int  # rows whose part of A stays in the second-level cache
+    parallel: bool
+
+    @property
+    def panels(self) -> int:
+        """Panels of nr columns."""
+        return -(-self.n // self.tile.nr)
+
+
+def tiles(m: int, n: int, isa: Isa, bits: int = 32) -> Iterator[Tile]:
+    """Tiles whose accumulators, one row of W and one element of A fit the registers."""
+    lanes = min(isa.lanes(bits), 1 << (n.bit_length() - 1))
+    temporaries = 1 if isa.has_fma else 2
+    while lanes >= 1:
+        for vectors in range(1, min(8, n // lanes) + 1):
+            for mr in range(1, min(m, 16) + 1):
+                # A row of W that is used once needs no register: it is an operand in memory.
+                held = vectors if mr > 1 else 0
+                if mr * vectors + held + temporaries <= isa.vector_registers:
+                    yield Tile(mr, vectors * lanes, lanes)
+        lanes //= 2
+
+
+def cycles(m: int, n: int, tile: Tile, isa: Isa) -> float:
+    """Estimate per step of t for the whole product."""
+    operations = tile.mr * tile.vectors * (1 if isa.has_fma else 2)
+    arithmetic = operations / isa.fma_per_cycle
+    loads = (tile.mr + tile.vectors) / LOADS_PER_CYCLE
+    each = max(arithmetic, loads, isa.fma_latency_cycles) + 0.02 * (tile.mr + tile.vectors)
+    return -(-m // tile.mr) * -(-n // tile.nr) * each
+
+
+def best_tile(m: int, n: int, isa: Isa, bits: int = 32) -> Tile:
+    """The tile with the lowest estimate."""
+    return min(tiles(m, n, isa, bits), key=lambda t: (cycles(m, n, t, isa), -t.mr * t.nr))
+
+
+def plan(
+    m: int, n: int, reduction: Sequence[tuple[int, int, int]], row_bytes: int, target: Target, bits: int = 32
+) -> Nest:
+    """Choose the tile and the blocks of rows; `row_bytes` of A are read for each further row."""
+    tile = best_tile(m, n, target.isa, bits)
+    flops = 2 * m * n * math.prod(e for e, _, _ in reduction)
+    parallel = target.threads and flops >= 2 * FLOPS_PER_TASK
+    rows = max(target.l2_bytes // 2 // max(row_bytes, 1), 4 * tile.mr)
+    blocks = -(-m // rows)
+    if parallel:
+        panels = -(-n // tile.nr)
+        wanted = min(flops // FLOPS_PER_TASK, 16)
+        blocks = max(blocks, min(-(-wanted // panels), m // tile.mr))
+    return Nest(m, n, tuple(reduction), tile, -(-m // max(blocks, 1)), parallel)
+
+
+def pack(weight: Array, nest_n: int, tile: Tile) -> Array:
+    """Columns of (t, n) as (panels, t, nr); the last panel overlaps its predecessor."""
+    panels = -(-nest_n // tile.nr)
+    first = np.minimum(np.arange(panels) * tile.nr, nest_n - tile.nr)
+    columns = first[:, None] + np.arange(tile.nr)
+    return np.ascontiguousarray(weight[:, columns].transpose(1, 0, 2))
+
+
+Finish = Callable[[Expr, Expr, Expr], None]  # row, column, vector of results
+
+
+def emit_nest(
+    nest: Nest,
+    a: Buffer,
+    w: Buffer,
+    a_offset: Callable[[Expr], Expr],
+    w_offset: Callable[[Expr, Expr], Expr],
+    finish: Finish,
+    dtype: str,
+    outer: int = 1,
+    begin: Callable[[Expr], None] | None = None,
+) -> None:
+    """Emit all loops: (outer, row blocks, panels) over threads, then tiles of rows, then the reduction.
+
+    Args:
+        a_offset: index in `a` of a row's first element.
+        w_offset: index in `w` of a panel's first element, from the panel's number and its first column.
+        finish: emits the store of a vector of results at a row and a column of the product.
+        outer: how often the whole product is repeated (batch, groups).
+        begin: called with the number of the repetition before anything else of it is emitted.
+    """
+    tile, blocks = nest.tile, -(-nest.m // nest.block)
+    # Every block has the same number of rows, and the last one overlaps.
+    with loop(outer * blocks * nest.panels, nest.parallel) as task:
+        if begin is not None:
+            begin(T.Bind(tirx.floordiv(task, blocks * nest.panels)) if outer > 1 else 0)
+        panel = T.Bind(tirx.floormod(task, nest.panels))
+        column = T.Bind(tirx.min(panel * tile.nr, nest.n - tile.nr))
+        w_start = T.Bind(w_offset(panel, column))
+        block = tirx.floormod(tirx.floordiv(task, nest.panels), blocks)
+        first = T.Bind(tirx.min(block * nest.block, nest.m - nest.block)) if blocks > 1 else 0
+        with T.serial(0, -(-nest.block // tile.mr)) as i:
+            row = T.Bind(first + tirx.min(i * tile.mr, nest.block - tile.mr))
+            emit_tile(nest, a, w, [a_offset(row + r) for r in range(tile.mr)], w_start, row, column, finish, dtype)
+
+
+def emit_tile(
+    nest: Nest,
+    a: Buffer,
+    w: Buffer,
+    a_starts: Sequence[Expr],
+    w_start: Expr,
+    row: Expr,
+    column: Expr,
+    finish: Finish,
+    dtype: str,
+) -> None:
+    """Emit one register tile: clear, reduce, finish."""
+    tile, lanes = nest.tile, nest.tile.lanes
+    acc = T.alloc_buffer((tile.mr * tile.nr,), dtype, scope="local", layout=None)
+
+    def at(r: int, v: int) -> Expr:
+        start = r * tile.nr + v * lanes
+        return tirx.Ramp(start, 1, lanes) if lanes > 1 else start
+
+    for r in range(tile.mr):
+        for v in range(tile.vectors):
+            T.buffer_store(acc, splat(0.0, lanes, dtype), [at(r, v)])
+
+    def reduce(levels: Sequence[tuple[int, int, int]], a_shift: Expr, w_shift: Expr) -> None:
+        if levels:
+            extent, a_stride, w_stride = levels[0]
+            if extent == 1:
+                reduce(levels[1:], a_shift, w_shift)
+                return
+            with T.serial(0, extent) as t:
+                reduce(levels[1:], a_shift + t * a_stride, w_shift + t * w_stride)
+            return
+        row_of_w = [load(w, w_start + w_shift + v * lanes, lanes, dtype) for v in range(tile.vectors)]
+        for r in range(tile.mr):
+            element = spread(load(a, a_starts[r] + a_shift, 1, dtype), lanes)
+            for v in range(tile.vectors):
+                T.buffer_store(acc, tirx.BufferLoad(acc, [at(r, v)]) + element * row_of_w[v], [at(r, v)])
+
+    reduce(nest.reduction, 0, 0)
+    for r in range(tile.mr):
+        for v in range(tile.vectors):
+            finish(row + r, column + v * lanes, tirx.BufferLoad(acc, [at(r, v)]))
