@@ -1,0 +1,39 @@
+"""Rewrite passes, one per file. The table below is the registry: name to import path, loaded when asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.passes.base import Pass
+
+PASSES: dict[str, str] = {
+    "remove-noops": "graphopt.passes.remove_noops:RemoveNoops",
+    "fold-constants": "graphopt.passes.fold_constants:FoldConstants",
+    "fold-batch-norm": "graphopt.passes.fold_batch_norm:FoldBatchNorm",
+    "eliminate-common-subexpressions": (
+        "graphopt.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
+    ),
+    "eliminate-dead-code": "graphopt.passes.eliminate_dead_code:EliminateDeadCode",
+}
+
+# Lossless, and on by default. Read from top to bottom.
+CANONICALISE: tuple[str, ...] = (
+    "remove-noops",  # nothing stands between what belongs together
+    "fold-constants",  # masks, position ids, rotary tables, converted weights
+    "fold-batch-norm",  # into the convolution or linear layer next to it
+    "eliminate-common-subexpressions",
+    "eliminate-dead-code",  # last: what the others left behind
+)
+
+
+def load(name: str) -> type[Pass]:
+    """The class of a registered pass. Raises KeyError where there is none."""
+    module, _, attribute = PASSES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def make(name: str, **options: Any) -> Pass:
+    """A registered pass with its options. Raises KeyError for an unknown name, TypeError for an unknown option."""
+    return load(name)(**options)
