@@ -130,8 +130,8 @@ def verify(program: Program, name: str, runners: Mapping[str, Run], samples: Seq
         "passed",
         inputs=", ".join(f"{origins.count(o)} {o}" for o in dict.fromkeys(origins)),
         runners=tuple(runners),
-        max_abs_error=_round_up(worst.absolute),
-        max_rel_error=_round_up(worst.relative),
+        max_abs_error=round_up(worst.absolute),
+        max_rel_error=round_up(worst.relative),
         rtol=tolerance.rtol,
         atol=tolerance.atol,
     )
@@ -201,7 +201,7 @@ def _fault(got: Array, want: Array, off: Array, error: Array | None, tolerance: 
     }
 
 
-def _round_up(value: float) -> float:
+def round_up(value: float) -> float:
     """To two significant digits, away from zero: what is stated holds, and noise in the last bits is not recorded."""
     if not value or not math.isfinite(value):
         return value

@@ -1,0 +1,136 @@
+"""What the verbs share: options, and where they write."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+VERBS = ("compile", "run", "inspect", "bench", "targets")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2 file, or a .pt file with an exported program.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes, only errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each step as it begins.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+UnsafeLoad = Annotated[
+    bool, typer.Option("--unsafe-load", help="Unpickle a whole module. This runs code that the file brings along.")
+]
+Factory = Annotated[
+    str | None,
+    typer.Option("--model", metavar="PACKAGE.MODULE:FACTORY", help="Builds the module that a state_dict belongs to."),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="NAME=1x3x224x224[:DTYPE]",
+        help="An input's shape, where the file has no example inputs. Repeat for each input.",
+    ),
+]
+Threads = Annotated[int, typer.Option("--threads", min=0, max=1024, help="Threads to run with; 0: all processors.")]
+
+
+@dataclass
+class Output:
+    """Where a verb writes: its result to standard output, progress and notes to standard error."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    _status: Status | None = field(default=None, repr=False)
+
+    def result(self, data: dict[str, Any], human: Callable[[Console], None]) -> None:
+        """Print `data` as JSON, or let `human` print it."""
+        if self.as_json:
+            print(json.dumps(data, sort_keys=True, indent=1, allow_nan=False, default=str))
+        else:
+            human(stdout())
+
+    def step(self, text: str) -> None:
+        """Say what is done now."""
+        if self._status is not None:
+            self._status.update(text)
+        elif self.verbose and not self.quiet:
+            print(f"graphopt: {text}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing that is no error."""
+        if not self.quiet:
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Show that work goes on: a spinner on a terminal, else a line per step with --verbose.
+
+        Log records of graphopt become notes; those of PyTorch and others are left out unless --verbose is given.
+        """
+        handler = _Notes(self)
+        logger = logging.getLogger("graphopt")
+        logger.addHandler(handler)
+        propagated, logger.propagate = logger.propagate, False
+        try:
+            with warnings.catch_warnings():
+                if not self.verbose:
+                    warnings.simplefilter("ignore")
+                if self.verbose or self.quiet or not sys.stderr.isatty():
+                    self.step(text)
+                    yield
+                else:
+                    from rich.console import Console
+
+                    with Console(stderr=True).status(text) as self._status:
+                        yield
+        finally:
+            self._status = None
+            logger.propagate = propagated
+            logger.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._output.note(record.getMessage())
+
+
+def stdout() -> Console:
+    """Rich's console on standard output; wide where that is no terminal, so that nothing is cut off."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+
+
+def input_shapes(texts: list[str] | None) -> dict[str, Any]:
+    """--input-shape texts by input name. Raises BadInputShape; BadOption where a name comes twice."""
+    from graphopt.capture import parse_input_shape
+    from graphopt.errors import BadOption
+
+    shapes: dict[str, Any] = {}
+    for text in texts or []:
+        spec = parse_input_shape(text)
+        if spec.name in shapes:
+            raise BadOption(what=f"--input-shape {spec.name} is given twice", way_out="give each input one shape")
+        shapes[spec.name] = spec
+    return shapes
+
+
+def amount(value: float, unit: str = "") -> str:
+    """1234567 -> "1.23 M" with `unit` behind; for people, never for JSON."""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()

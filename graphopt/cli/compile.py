@@ -1,0 +1,126 @@
+"""graphopt compile: a model goes in, a checked bundle comes out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphopt.cli.common import (
+    Debug,
+    Factory,
+    InputShapes,
+    Json,
+    Model,
+    Output,
+    Quiet,
+    UnsafeLoad,
+    Verbose,
+    amount,
+    input_shapes,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphopt.pipeline import Plan, Result
+
+
+def compile(
+    model: Model,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="What to write: FILE.so, FILE.a or FILE.wasm with what belongs to it beside, else a bundle folder. "
+            "[default: MODEL.bundle in this folder]",
+        ),
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="cpu, wasm, arm:CPU or cuda:ARCH; see `graphopt targets`.")
+    ] = "cpu",
+    input_shape: InputShapes = None,
+    factory: Factory = None,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name. [default: the file's]")] = None,
+    calib: Annotated[
+        str | None, typer.Option("--calib", metavar="FILE.npz", help="Inputs by name, to check the bundle on.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run what was compiled and compare it with PyTorch.")
+    ] = True,
+    canonicalise: Annotated[
+        bool, typer.Option("--canonicalise/--no-canonicalise", help="Run the lossless passes first.")
+    ] = True,
+    dump_dir: Annotated[
+        str | None, typer.Option("--dump-dir", metavar="DIR", help="Write the program there after every phase.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    unsafe_load: UnsafeLoad = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model for a target, check the result against PyTorch, and write it."""
+    out = Output(json, quiet, verbose)
+    started = time.perf_counter()
+    with out.working("importing PyTorch"):
+        from graphopt.pipeline import Options, build, plan
+    options = Options(
+        target=target,
+        output=output if output is not None else f"{Path(model).stem or 'model'}.bundle",
+        input_shapes=input_shapes(input_shape),
+        model_factory=factory,
+        name=name,
+        calibration=calib,
+        verify=verify,
+        canonicalise=canonicalise,
+        dump_dir=dump_dir,
+        unsafe_load=unsafe_load,
+    )
+    with out.working("reading the model"):
+        if dry_run:
+            planned = plan(model, options, progress=out.step)
+        else:
+            result = build(model, options, progress=out.step)
+    if dry_run:
+        out.result(planned.to_json(), lambda console: _print_plan(console, planned))
+        return
+    out.result(_as_json(result), lambda console: _print(console, result, time.perf_counter() - started))
+
+
+def _print_plan(console: Console, planned: Plan) -> None:
+    for number, step in enumerate(planned.steps, 1):
+        console.print(f"{number}. {step}", markup=False)
+    for missing in planned.missing:
+        console.print(f"missing: {missing}", markup=False)
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    data = result.bundle.manifest.to_json()
+    return {
+        "output": str(result.output),
+        "written": [str(path) for path in result.written],
+        "bytes": sum(path.stat().st_size for path in result.written),
+        **{key: data[key] for key in ("name", "target", "inputs", "outputs", "flops", "params", "verification")},
+        "workspace_bytes": data["workspace_bytes"],
+        "weights_bytes": data["weights_bytes"],
+    }
+
+
+def _print(console: Console, result: Result, seconds: float) -> None:
+    manifest = result.bundle.manifest
+    size = sum(path.stat().st_size for path in result.written)
+    templates = sum(kernel["template"] != "tvm" for kernel in manifest.kernels)
+    lines = [
+        f"{result.output}: {manifest.name} for {manifest.target['spec']}, {amount(size, 'B')}, {seconds:.1f} s",
+        f"  takes     {', '.join(map(str, manifest.inputs))}",
+        f"  gives     {', '.join(map(str, manifest.outputs))}",
+        f"  program   {amount(manifest.flops, 'FLOPs')}, {amount(manifest.params)} parameters, "
+        f"{len(manifest.kernels)} kernel calls, {templates} of them from our templates",
+        f"  verified  {manifest.verification}",
+    ]
+    console.print("\n".join(lines), markup=False)

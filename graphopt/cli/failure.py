@@ -1,0 +1,108 @@
+"""From any exception to one clear message and a stable exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import typer
+
+from graphopt.errors import Exit, GraphoptError
+
+
+class Terminated(BaseException):
+    """A signal asked us to end. Raised in the main thread, so that temporary folders are removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def guarded(arguments: list[str], invoke: Callable[[list[str]], None]) -> int:
+    """Call `invoke` and turn whatever it raises into an exit code, with one message on standard error.
+
+    With --json among the arguments, the error stands on standard output as well, as {"error": {...}}.
+    """
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        with _signals():
+            invoke(arguments)
+            sys.stdout.flush()
+        return Exit.DONE
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted(signal.SIGINT)
+    except Terminated as error:
+        return _interrupted(error.number)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `graphopt inspect m | head`; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, as_json)
+
+
+def _report(error: BaseException, as_json: bool) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else Exit.INTERNAL
+    code, message, hint, status = describe(error)
+    with contextlib.suppress(OSError):
+        print(f"error[{code}]: {message}" + (f"\n  hint: {hint}" if hint else ""), file=sys.stderr, flush=True)
+    if as_json:
+        with contextlib.suppress(OSError):
+            print(json.dumps({"error": {"code": code, "message": message, "hint": hint}}, sort_keys=True), flush=True)
+    return status
+
+
+def describe(error: BaseException) -> tuple[str, str, str, int]:
+    """Code, message, hint and exit code for an exception."""
+    if isinstance(error, GraphoptError):
+        return error.code, str(error.args[0]), error.way_out, error.exit
+    if isinstance(error, typer.TyperException):
+        text = error.format_message().strip()
+        first, _, rest = text.partition("\n")
+        if first.startswith("Usage:"):  # no arguments at all: the help is the answer
+            return "usage", "a verb is needed", text, Exit.BAD_INPUT
+        return "usage", f"{first}{' ' + rest.strip() if rest else ''}", "see --help", Exit.BAD_INPUT
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        where = f"{error.filename}: " if error.filename else ""
+        return "io-failed", f"{where}{reason}", "", Exit.IO_FAILED
+    if isinstance(error, MemoryError):
+        return "out-of-memory", "this machine's memory does not suffice", "", Exit.IO_FAILED
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0][:300] if lines else "no message"
+    return "internal", f"{type(error).__name__}: {first}", "run with --debug for the traceback", Exit.INTERNAL
+
+
+def _interrupted(number: int) -> int:
+    with contextlib.suppress(OSError):
+        print("interrupted; nothing was written", file=sys.stderr, flush=True)
+    return 128 + number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    def end(number: int, _frame: FrameType | None) -> None:
+        # A second signal must not cut the cleaning up short.
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated(number)
+
+    try:
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    except ValueError:  # not in the main thread, as when a program calls `run` from one of its own
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,145 @@
+"""graphopt inspect: what a model or a bundle consists of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphopt.cli.common import (
+    Debug,
+    Factory,
+    InputShapes,
+    Json,
+    Output,
+    Quiet,
+    UnsafeLoad,
+    Verbose,
+    amount,
+    input_shapes,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphopt.bundle import Bundle
+    from graphopt.cost import Summary
+    from graphopt.program import Program
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model file or a bundle folder.")],
+    input_shape: InputShapes = None,
+    factory: Factory = None,
+    unsafe_load: UnsafeLoad = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Show a model's layers, shapes, FLOPs, parameters and bytes, or a bundle's manifest and kernels."""
+    out = Output(json, quiet, verbose)
+    if Path(model).is_dir():
+        with out.working("checking the bundle"):
+            from graphopt.bundle import load
+
+            bundle = load(model)
+        out.result(bundle.manifest.to_json(), lambda console: _print_bundle(console, bundle))
+        return
+    with out.working("importing PyTorch"):
+        from graphopt.capture import capture
+        from graphopt.cost import summary
+
+        out.step("capturing")
+        program = capture(
+            model, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load
+        )
+        cost = summary(program)
+    out.result(_as_json(program, cost), lambda console: _print_program(console, program, cost))
+
+
+def _as_json(program: Program, cost: Summary) -> dict[str, Any]:
+    def specs(items: Any) -> list[dict[str, Any]]:
+        return [{"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype} for spec in items]
+
+    def costs(item: Any) -> dict[str, int]:
+        return {key: getattr(item, key) for key in ("flops", "macs", "params", "bytes_read", "bytes_written")}
+
+    return {
+        "name": program.name,
+        "inputs": specs(program.inputs),
+        "outputs": specs(program.outputs),
+        "layers": [
+            {"name": row.name, "where": row.where, "op": row.op, "shape": list(row.shape), **costs(row.cost)}
+            for row in cost.rows
+        ],
+        "operators": cost.ops,
+        "total": {**costs(cost.total), "stored_bytes": cost.stored_bytes},
+        "records": [record.to_json() for record in program.records],
+    }
+
+
+def _print_program(console: Console, program: Program, cost: Summary) -> None:
+    from rich.table import Table
+
+    console.print(f"{program.name}", markup=False)
+    for label, specs in (("takes", program.inputs), ("gives", program.outputs)):
+        for spec in specs:
+            console.print(f"  {label} {spec}", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("layer", "operator", "shape"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("FLOPs", "parameters", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in cost.rows:
+        moved = row.cost.bytes_read + row.cost.bytes_written
+        shape = "x".join(map(str, row.shape))
+        numbers = (amount(value) if value else "" for value in (row.cost.flops, row.cost.params, moved))
+        table.add_row(_plain(row.where), _plain(row.op), shape, *numbers)
+    moved = cost.total.bytes_read + cost.total.bytes_written
+    table.add_section()
+    totals = (amount(value) for value in (cost.total.flops, cost.total.params, moved))
+    table.add_row("total", f"{len(cost.rows)} operators", "", *totals)
+    console.print(table)
+    console.print(f"weights: {amount(cost.stored_bytes, 'B')}; bytes: read and written, without fusion", markup=False)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _print_bundle(console: Console, bundle: Bundle) -> None:
+    from rich.table import Table
+
+    manifest = bundle.manifest
+    console.print(f"{manifest.name} for {manifest.target['spec']} ({manifest.target['isa']})", markup=False)
+    for label, specs in (("takes", manifest.inputs), ("gives", manifest.outputs)):
+        for spec in specs:
+            console.print(f"  {label} {spec}", markup=False)
+    console.print(
+        f"  {amount(manifest.flops, 'FLOPs')}, {amount(manifest.params)} parameters, "
+        f"weights {amount(manifest.weights_bytes, 'B')}, workspace {amount(manifest.workspace_bytes, 'B')}\n"
+        f"  verification: {manifest.verification}\n"
+        f"  made with {', '.join(f'{key} {value}' for key, value in sorted(manifest.versions.items()))}",
+        markup=False,
+    )
+    for record in manifest.records:
+        changed = ", ".join(f"{count} x {what}" for what, count in record.changed.items()) or "nothing to do"
+        console.print(f"  pass {record.name}: {changed}", markup=False)
+    kernels = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("kernel", "template", "stands for", "parameters"):
+        kernels.add_column(heading, overflow="fold")
+    for kernel in manifest.kernels:
+        parameters = " ".join(f"{key}={value}" for key, value in sorted(kernel["parameters"].items()))
+        cells = (kernel["symbol"], kernel["template"], kernel["where"], parameters)
+        kernels.add_row(*(_plain(str(cell)) for cell in cells))
+    console.print(kernels)
+    files = Table(box=None, pad_edge=False, header_style="bold")
+    files.add_column("file")
+    files.add_column("bytes", justify="right")
+    for name, entry in manifest.files.items():
+        files.add_row(_plain(name), f"{entry.bytes:,}")
+    console.print(files)

@@ -1,0 +1,366 @@
+"""The whole way, in one list: capture, canonicalise, lower, link, verify, bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from graphopt.arrays import samples_in
+from graphopt.bundle import Bundle, check_replaceable, keep_while, load, new_bundle, open_runner, seal
+from graphopt.capture import capture
+from graphopt.cost import summary
+from graphopt.errors import BadOption, CannotWrite, GraphoptError, OutputInTheWay
+from graphopt.manifest import NOT_VERIFIED, Manifest, Verification, versions
+from graphopt.program import Program, identifier
+from graphopt.staging import publish_files, reason_of, resolved, staged
+from graphopt.verify import round_up, samples_of, verify
+
+if TYPE_CHECKING:
+    from graphopt.codegen.artefact import Artefact
+    from graphopt.record import Record
+    from graphopt.targets.target import Target
+
+Progress = Callable[[str], None]
+Kind = Literal["bundle", "shared", "static", "wasm"]
+
+SUFFIXES: dict[str, Kind] = {".so": "shared", ".a": "static", ".wasm": "wasm"}
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "cpu": ("bundle", "shared", "static"),
+    "arm": ("bundle", "shared", "static"),
+    "cuda": ("bundle", "shared"),
+    "wasm": ("bundle", "wasm"),
+}
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compilation may be told. Paths are as the user gave them."""
+
+    target: str = "cpu"
+    output: str | os.PathLike[str] | None = None
+    example_inputs: Any = None
+    input_shapes: Mapping[str, Any] | None = None
+    model_factory: str | None = None
+    unsafe_load: bool = False
+    name: str | None = None
+    calibration: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None
+    verify: bool = True
+    canonicalise: bool = True
+    dump_dir: str | os.PathLike[str] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What is written, by the suffix of the output."""
+        return "bundle" if self.output is None else SUFFIXES.get(Path(self.output).suffix, "bundle")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished compilation: the bundle, what was asked for and every file that was written."""
+
+    bundle: Bundle
+    output: Path | None
+    written: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compilation would do, one line a step, and what it would lack here."""
+
+    steps: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"steps": list(self.steps), "missing": list(self.missing)}
+
+
+def compile(
+    source: Any,
+    *,
+    target: str = "cpu",
+    example_inputs: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    calibration: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    dump_dir: str | os.PathLike[str] | None = None,
+    canonicalise: bool = True,
+    name: str | None = None,
+    input_shapes: Mapping[str, Any] | None = None,
+    model_factory: str | None = None,
+    unsafe_load: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Compile a model ahead of time, check the result against PyTorch, and write it.
+
+    Args:
+        source: a Program, an nn.Module, an exported program, or the path of a model file.
+        target: "cpu", "wasm", "arm:cortex-a76", "cuda:sm_90", ...; `graphopt targets` lists them.
+        example_inputs: as `capture` takes them; not with a Program, which brings its own.
+        output: where to write. The suffixes .so, .a and .wasm give a library with what belongs to it beside, any other
+            name a bundle folder. None: a temporary bundle that goes when it is no longer used.
+        verify: run what was compiled and compare it with PyTorch.
+        calibration: inputs to check on, as a .npz file or dicts of arrays by name; the example inputs where None.
+        dump_dir: a folder for the program's text after every phase.
+        canonicalise: run the lossless passes first.
+        name: the prefix of C symbols and file names; by default the program's.
+        input_shapes, model_factory, unsafe_load: as `capture` takes them.
+        progress: hears what is done now.
+
+    Returns:
+        The bundle, loaded from what was written.
+
+    Raises:
+        VerificationFailed: it does not compute what PyTorch computes; nothing is written.
+        UnknownTarget, UnsupportedOp, ToolMissing, BadOption: it cannot be compiled so.
+        OutputInTheWay, CannotWrite: it cannot be written there; nothing is left half-written.
+        GraphoptError: any of those that `capture` raises.
+    """
+    options = Options(
+        target=target,
+        output=output,
+        example_inputs=example_inputs,
+        input_shapes=input_shapes,
+        model_factory=model_factory,
+        unsafe_load=unsafe_load,
+        name=name,
+        calibration=calibration,
+        verify=verify,
+        canonicalise=canonicalise,
+        dump_dir=dump_dir,
+    )
+    return build(source, options, progress=progress).bundle
+
+
+def build(source: Any, options: Options, *, progress: Progress | None = None) -> Result:
+    """Carry out a compilation; `compile` says what is raised."""
+    target = check_options(options)
+    step = progress or _silent
+    if options.output is not None and options.kind == "bundle":
+        with new_bundle(options.output) as stage:
+            run_phases(source, options, target, stage, step)
+        bundle = load(options.output)
+        return Result(bundle, Path(options.output), tuple(sorted(bundle.path.iterdir())))
+    folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+    try:
+        stage = Path(folder.name)
+        run_phases(source, options, target, stage, step)
+        bundle = keep_while(load(stage), folder)
+        if options.output is None:
+            return Result(bundle, None, ())
+        return Result(bundle, Path(options.output), export(bundle, options.output, options.kind))
+    except BaseException:
+        folder.cleanup()
+        raise
+
+
+def run_phases(source: Any, options: Options, target: Target, stage: Path, step: Progress) -> None:
+    """Fill the empty folder `stage` with a bundle: the pipeline."""
+    dump = Dump(options.dump_dir)
+    step("capturing")
+    captured = _captured(source, options)
+    samples = samples_of(captured, _calibration(captured, options))
+    step("canonicalising")
+    program = _canonicalised(captured, options, dump, step)
+    step(f"lowering for {target}")
+    artefact = _lowered(program, target, dump, step)
+    step("linking")
+    _linked(artefact, target, dump, stage)
+    manifest = describe(program, artefact, target)
+    seal(stage, manifest)
+    if options.verify:
+        step("verifying")
+        manifest = replace(manifest, verification=_verified(captured, manifest, target, samples, stage, step))
+    step("writing")
+    seal(stage, manifest)
+
+
+# Before anything is done -------------------------------------------------------------------------------------------------
+
+
+def check_options(options: Options) -> Target:
+    """The target, having refused what cannot work before minutes are spent on it.
+
+    Raises:
+        UnknownTarget: there is no such target.
+        BadOption: the output's suffix does not fit the target.
+        OutputInTheWay, CannotWrite: the output cannot be written where it shall be.
+    """
+    from graphopt import targets
+
+    target = targets.resolve(options.target)
+    if options.kind not in KINDS[target.kind]:
+        fitting = [suffix for suffix, kind in SUFFIXES.items() if kind in KINDS[target.kind]]
+        raise BadOption(
+            what=f"{options.output}: {target.kind} has no {Path(os.fspath(options.output or '')).suffix} form",
+            way_out=f"for {options.target} write a bundle folder, or {' or '.join(fitting)}",
+        )
+    if options.output is not None:
+        place = resolved(options.output)
+        if not place.parent.is_dir():
+            raise CannotWrite(file=options.output, reason=f"there is no folder {Path(options.output).parent}")
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise CannotWrite(file=options.output, reason="Permission denied")
+        if options.kind == "bundle":
+            check_replaceable(options.output)
+        elif place.is_dir():
+            raise OutputInTheWay(file=options.output, what="is a folder")
+    return target
+
+
+def plan(source: Any, options: Options, *, progress: Progress | None = None) -> Plan:
+    """Say what `build` would do. The model is captured, so its faults show; nothing is written."""
+    from graphopt import targets
+    from graphopt.passes import CANONICALISE
+
+    target = check_options(options)
+    (progress or _silent)("capturing")
+    program = _captured(source, options)
+    samples = samples_of(program, _calibration(program, options))
+    cost = summary(program)
+    runners = targets.runners_of(target)
+    steps = [
+        f"capture {program.name}: {', '.join(map(str, program.inputs))} -> {', '.join(map(str, program.outputs))}, "
+        f"{len(cost.rows)} operators, {cost.total.flops:,} FLOPs, {cost.total.params:,} parameters",
+        f"canonicalise: {', '.join(CANONICALISE)}" if options.canonicalise else "canonicalise: left out",
+        f"lower for {target} ({target.isa.name}, {target.isa.vector_bits} bits)",
+        f"link for {target.zig}",
+        f"verify: run {len(samples)} of the {samples[0].origin} with {', '.join(runners)}, compare with PyTorch"
+        if options.verify
+        else "verify: left out, and the manifest says so",
+        f"write {options.kind} {options.output}" if options.output is not None else "keep a temporary bundle",
+    ]
+    missing = targets.missing_for(target, run=options.verify)
+    return Plan(tuple(steps), tuple(missing))
+
+
+# The phases --------------------------------------------------------------------------------------------------------------
+
+
+def _captured(source: Any, options: Options) -> Program:
+    if isinstance(source, Program):
+        if options.example_inputs is not None or options.input_shapes:
+            raise BadOption(
+                what="a Program brings its own inputs, and others were given",
+                way_out="give example inputs to `capture`, or compile the module instead of the Program",
+            )
+        return source.replace(name=options.name) if options.name else source
+    return capture(
+        source,
+        options.example_inputs,
+        input_shapes=options.input_shapes,
+        model_factory=options.model_factory,
+        unsafe_load=options.unsafe_load,
+        name=options.name,
+    )
+
+
+def _calibration(program: Program, options: Options) -> Sequence[Mapping[str, Any]] | None:
+    given = options.calibration
+    if isinstance(given, str | os.PathLike):
+        return samples_in(given, program.inputs)
+    if given is None:
+        return None
+    rows = [fit_inputs(program.name, program.inputs, row) for row in given]
+    return [{spec.name: array for spec, array in zip(program.inputs, row, strict=True)} for row in rows]
+
+
+def _canonicalised(program: Program, options: Options, dump: Dump, step: Progress) -> Program:
+    from graphopt.passes import CANONICALISE
+    from graphopt.passes.base import run_passes
+
+    dump("captured.txt", str(program))
+    if not options.canonicalise:
+        return program
+    program = run_passes(program, CANONICALISE, progress=lambda name, *_: step(f"canonicalising: {name}"))
+    dump("canonical.txt", str(program))
+    return program
+
+
+def _lowered(program: Program, target: Target, dump: Dump, step: Progress) -> Artefact:
+    from graphopt.codegen.lower import compile_program
+
+    return compile_program(program, target, dump=dump, progress=lambda text: step(f"lowering: {text}"))
+
+
+def _linked(artefact: Artefact, target: Target, dump: Dump, stage: Path) -> None:
+    from graphopt.targets import toolchain
+
+    toolchain.link(artefact, target, "bundle", stage)
+    dump("linked.txt", "".join(f"{file.stat().st_size:>12} {file.name}\n" for file in sorted(stage.iterdir())))
+
+
+def _verified(
+    program: Program, manifest: Manifest, target: Target, samples: Sequence[Sample], stage: Path, step: Progress
+) -> Verification:
+    """Run the files in `stage` with everything that can run them here."""
+    from graphopt import targets
+
+    with ExitStack() as stack:
+        runners: dict[str, Run] = {}
+        for name in targets.runners_of(target):
+            runner = stack.enter_context(closing(open_runner(stage, manifest, runner=name)))
+            runners[name] = runner.run
+        return verify(program, manifest.name, runners, samples)
+
+
+def describe(program: Program, artefact: Artefact, target: Target) -> Manifest:
+    """The manifest of an artefact, still without files and not verified."""
+    cost = summary(program)
+    return Manifest(
+        name=artefact.name,
+        target={
+            "spec": target.spec,
+            "kind": target.kind,
+            "isa": target.isa.name,
+            "triple": target.zig,
+            "cpu": target.zig_cpu,
+            "arch": target.arch,
+        },
+        inputs=artefact.inputs,
+        outputs=artefact.outputs,
+        flops=cost.total.flops,
+        params=cost.total.params,
+        weights_bytes=len(artefact.weights),
+        workspace_bytes=artefact.workspace_bytes,
+        kernels=tuple({**asdict(kernel), "parameters": dict(kernel.parameters)} for kernel in artefact.kernels),
+        declined=tuple(asdict(decline) for decline in artefact.declined),
+        records=tuple(map(_rounded, program.records)),
+        versions=versions(),
+        verification=NOT_VERIFIED,
+    )
+
+
+def _rounded(record: Record) -> Record:
+    error = record.max_abs_error
+    return record if error is None else replace(record, max_abs_error=round_up(error))
+
+
+class Dump:
+    """Writes the program's text after each phase to numbered files in a folder, which is made if need be."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._count = 0
+
+    def __call__(self, name: str, text: str) -> None:
+        """Write `text` to the next number. Raises CannotWrite."""
+        if self._folder is None:
+            return
+        file = self._folder / f"{self._count:02d}-{name}"
+        self._count += 1
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+        except OSError as error:
+            raise CannotWrite(file=file, reason=reason_of(error)) from error
