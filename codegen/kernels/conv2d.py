@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from tvm import relax, tirx
-from tvm.tirx import PrimFunc
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
-
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, shape_of
 from graphopt.codegen.kernels.emit import FLOATS, Buffer, Expr, accumulator, copy_run, loop, prim_func, store
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.gemm import SHORT
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import Nest, emit_nest, pack, plan
-from graphopt.errors import Decline
 from graphopt.targets.target import Target
+from tvm import relax, tirx
+from tvm.tirx import PrimFunc
+from tvm.tirx.script import builder as T
+
+from graphopt.errors import Decline
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # A copy that takes a thread longer than waking it: about 20 microseconds at 10 GB/s.
@@ -208,7 +208,9 @@ def build(conv: Conv, target: Target) -> PrimFunc:
 
     def body(*buffers: Buffer) -> None:
         named = {name: buffer for (name, _, _), buffer in zip(params, buffers, strict=True)}
-        extra = after.bind([named[n] for n, _, _ in after.buffers(False)], [named[n] for n, _, _ in after.buffers(True)])
+        extra = after.bind(
+            [named[n] for n, _, _ in after.buffers(False)], [named[n] for n, _, _ in after.buffers(True)]
+        )
         source = named["x"]
         if padded:
             emit_padding(g, source, named["scratch"], target, BYTES[conv.dtype])
@@ -216,9 +218,7 @@ def build(conv: Conv, target: Target) -> PrimFunc:
 
         def finish(r: Expr, col: Expr, value: Expr) -> None:
             col = col + group[0] * nest.n
-            store(
-                named["y"], r * cout + col, after.apply(value, extra, r, col, tile.lanes, dtype), tile.lanes, dtype
-            )
+            store(named["y"], r * cout + col, after.apply(value, extra, r, col, tile.lanes, dtype), tile.lanes, dtype)
 
         emit_nest(
             nest,

@@ -11,7 +11,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
+from tvm.tirx.script import builder as T
 
 Expr = Any  # a TIR expression or a Python int
 Buffer = Any
@@ -26,11 +26,10 @@ def accumulator(dtype: str) -> str:
 
 def prim_func(buffers: Sequence[tuple[str, int, str]], body: Callable[..., None]) -> PrimFunc:
     """A function over flat buffers (name, elements, dtype); `body` is called with them and emits the statements."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("kernel")
-            T.func_attr({"tirx.noalias": True})
-            body(*(T.arg(n, T.buffer((max(size, 1),), dtype, layout=None)) for n, size, dtype in buffers))
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("kernel")
+        T.func_attr({"tirx.noalias": True})
+        body(*(T.arg(n, T.buffer((max(size, 1),), dtype, layout=None)) for n, size, dtype in buffers))
     return builder.get()
 
 

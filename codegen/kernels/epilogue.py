@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import relax, tirx
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
-
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, is_tensor, op_of, shape_of
 from graphopt.codegen.kernels.emit import FLOATS, Buffer, Expr, load, splat, spread
+from tvm import relax, tirx
+from tvm.tirx.script import builder as T
 
 MAX_STEPS = 24  # longer chains gain nothing in one kernel, and its code grows
 

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tvm import tirx
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
-
 from graphopt.codegen.dataflow import Array
 from graphopt.codegen.kernels.emit import Buffer, Expr, load, loop, splat, spread
 from graphopt.targets.target import Isa, Target
+from tvm import tirx
+from tvm.tirx.script import builder as T
 
 LOADS_PER_CYCLE = 2
 # A thread that is woken must have this much to do, or waking it costs more than it saves.
