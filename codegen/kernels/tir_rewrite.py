@@ -30,7 +30,7 @@ class Rewriter:
         """Rewrite an expression."""
         if isinstance(e, Call):
             args = [self.expr(a) for a in e.args]
-            return self.call(e if _same(args, e.args) else Call(e.ty, e.op, args, e.attrs, e.ty_args, e.span))
+            return self.call(e if _same(args, e.args) else Call(e.op, args, e.attrs, ty_args=e.ty_args, ret_ty=e.ty))
         if isinstance(e, _BINARY):
             a, b = self.expr(e.a), self.expr(e.b)
             return e if a.same_as(e.a) and b.same_as(e.b) else type(e)(a, b)
