@@ -6,6 +6,8 @@ from tvm import ir, relax
 from tvm.ir import IRModule
 from tvm.tirx import PrimFunc
 
+from graphopt.codegen.half import widen_norms
+
 # Reshapes stay operators: they name bytes that lie there already, and no kernel is called for them.
 FREE = ["relax.reshape"]
 
@@ -20,7 +22,7 @@ def legalise(module: IRModule) -> IRModule:
         t.FuseTIR(),
         t.DeadCodeElimination(),
     ]
-    return ir.transform.Sequential(passes)(module)
+    return ir.transform.Sequential(passes)(widen_norms(module))
 
 
 def functions(module: IRModule) -> dict[str, PrimFunc]:

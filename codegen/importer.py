@@ -12,8 +12,8 @@ import torch
 from torch import fx
 from tvm import relax
 from tvm.ir import IRModule
-from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from graphopt.codegen.half import Importer
 from graphopt.errors import GraphoptError, UnsupportedOp
 from graphopt.place import place
 from graphopt.program import Program
@@ -47,10 +47,10 @@ def to_relax(program: Program) -> IRModule:
         UnsupportedOp: an operator that TVM's importer does not know or cannot express, with its place in the model.
     """
     exported = program.exported.run_decompositions(_decompositions())
-    importer = ExportedProgramImporter()
+    importer = Importer()
     importer.update_convert_map({name: partial(convert, importer=importer) for name, convert in CONVERTERS.items()})
     _refuse_unknown(exported.graph, importer)
-    importer.update_convert_map({name: _located(convert) for name, convert in importer.convert_map.items()})
+    importer.update_convert_map({name: _located(convert, importer) for name, convert in importer.convert_map.items()})
     module = importer.from_exported_program(
         exported,
         keep_params_as_input=False,
@@ -75,18 +75,18 @@ def _name(node: fx.Node) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
-def _refuse_unknown(graph: fx.Graph, importer: ExportedProgramImporter) -> None:
+def _refuse_unknown(graph: fx.Graph, importer: Importer) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and _name(node) not in importer.convert_map:
             raise UnsupportedOp(op=str(node.target), where=place(node), reason="no translation exists")
 
 
-def _located(convert: Callable[[fx.Node], relax.Expr]) -> Callable[[fx.Node], relax.Expr]:
+def _located(convert: Callable[[fx.Node], relax.Expr], importer: Importer) -> Callable[[fx.Node], relax.Expr]:
     """The converter with every failure told in the user's terms."""
 
     def located(node: fx.Node) -> relax.Expr:
         try:
-            return convert(node)
+            return importer.rounded(node, convert(node))
         except GraphoptError:
             raise
         except Exception as error:
@@ -106,7 +106,7 @@ def _refuse_symbolic(program: Program, module: IRModule) -> None:
                 raise UnsupportedOp(op=str(binding.value.op), where=program.name, reason=reason)
 
 
-def _attention(node: fx.Node, importer: ExportedProgramImporter) -> relax.Expr:
+def _attention(node: fx.Node, importer: Importer) -> relax.Expr:
     """scaled_dot_product_attention with masks of any dtype, an explicit scale and grouped heads."""
     bound = dict(
         zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False), **node.kwargs
