@@ -5,18 +5,13 @@ from __future__ import annotations
 from tvm import ir, relax
 from tvm.ir import IRModule
 
+from graphopt.codegen.channels_last import channels_last
 from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of
 from graphopt.codegen.importer import to_relax
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.views import simplify_views
 from graphopt.program import Program
 from graphopt.targets.target import Target
-
-# Channels innermost: a pixel's channels fill vectors, a 1x1 convolution is a matrix product as it lies in memory.
-CHANNELS_LAST = {
-    "relax.nn.conv2d": ["NHWC", "OHWI"],
-    "relax.nn.conv2d_transpose": ["NHWC", "IOHW"],
-}
 
 
 def prepare(program: Program, target: Target) -> IRModule:
@@ -29,10 +24,10 @@ def prepare(program: Program, target: Target) -> IRModule:
     """
     module = to_relax(program)
     passes = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
+    module = fold_constants(ir.transform.Sequential(passes)(module))
     if target.kind != "cuda":
-        passes.insert(1, relax.transform.ConvertLayout(CHANNELS_LAST))
-    module = ir.transform.Sequential(passes)(module)
-    return simplify_views(fold_constants(module))
+        module = channels_last(module)
+    return fold_constants(simplify_views(module))
 
 
 def fold_constants(module: IRModule) -> IRModule:

@@ -44,7 +44,10 @@ def rebuild(module: IRModule, rewrite: Rewrite) -> IRModule:
     with builder.function("main", list(main.params)):
         with builder.dataflow():
             for binding in flow.bindings:
-                new = rewrite(binding, substitute(binding.value, env), builder)
+                value = substitute(binding.value, env)
+                if isinstance(value, relax.Call):
+                    value = builder.normalize(value)  # a new call has no type yet
+                new = rewrite(binding, value, builder)
                 if new is None:
                     continue
                 new = substitute(new, env)

@@ -19,16 +19,9 @@ from tvm.ir import IRModule
 
 from graphopt.codegen.dataflow import Constant, dtype_of, is_tensor, op_of, shape_of
 from graphopt.codegen.rebuild import rebuild
+from graphopt.codegen.sink import ELEMENTWISE, Transposed, sink
 
 RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
-
-ELEMENTWISE = frozenset(
-    f"relax.{name}"
-    for name in (
-        "abs add astype ceil clip cos divide erf exp floor floor_divide log maximum minimum multiply negative power "
-        "round rsqrt sigmoid sin sqrt square subtract tanh nn.gelu nn.gelu_tanh nn.leakyrelu nn.relu nn.silu"
-    ).split()
-)
 
 # (stride in elements of the root, extent); extents of one are left out.
 Factor = tuple[int, int]
@@ -76,6 +69,22 @@ class View:
                 blocks.append((stride, size))
         return blocks
 
+    def order(self) -> tuple[int, ...] | None:
+        """Which dimension of the root each dimension is, if the view is a transpose and does move something."""
+        root = root_view(self.root).dims
+        if len(root) != len(self.dims):
+            return None
+        free = [i for i, dim in enumerate(root) if not dim]
+        order = []
+        for dim in self.dims:
+            if dim and dim in root:
+                order.append(root.index(dim))
+            elif not dim and free:
+                order.append(free.pop(0))
+            else:
+                return None
+        return tuple(order) if order != sorted(order) else None
+
 
 def root_view(expr: relax.Expr) -> View:
     """A tensor as a view of itself."""
@@ -88,27 +97,56 @@ def simplify_views(module: IRModule) -> IRModule:
     """Replace each chain of reshapes and transposes by at most reshape, transpose, reshape of the chain's root."""
     views: dict[relax.Var, View] = {}
 
-    def sink(value: relax.Call, builder: relax.BlockBuilder) -> relax.Expr:
-        """An elementwise operator on views of one kind becomes a view of the operator on the roots."""
-        tensors = [a for a in value.args if is_tensor(a) and not _is_scalar(a)]
-        seen = [views.get(a) for a in tensors]
-        kinds = {(view.dims, shape_of(view.root)) for view in seen if view is not None}
-        if None in seen or len(kinds) != 1 or len({shape_of(a) for a in tensors}) != 1:
-            return value
-        roots = {a: view.root for a, view in zip(tensors, seen, strict=True)}
-        args = [roots.get(a, _flat(a)) if is_tensor(a) else a for a in value.args]
-        root = builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
-        after = View(root, seen[0].dims)
-        new = _emit(after, shape_of(tensors[0]), builder)
-        views[new] = after
+    def transposed(expr: relax.Expr) -> Transposed | None:
+        view = views.get(expr) if isinstance(expr, relax.Var) else None
+        order = view.order() if view else None
+        return Transposed(view.root, order) if view and order else None
+
+    def remember(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
+        new = _emit(view, shape, builder)
+        if isinstance(new, relax.Var):
+            views[new] = view
         return new
+
+    def sunk(value: relax.Call, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr | None:
+        """The operator moved in front of its arguments' transposes or reshapes, if it can be."""
+        tensors = [t for a in value.args for t in (a.fields if isinstance(a, relax.Tuple) else [a]) if is_tensor(t)]
+        seen = next((t for t in map(transposed, tensors) if t), None)
+        if seen is None:
+            return same_view(value, tensors, shape, builder)
+
+        def reorder(expr: relax.Expr) -> relax.Expr:
+            other = transposed(expr)
+            if other and other.order == seen.order:
+                return other.root
+            if len(shape_of(expr)) != len(seen.order):
+                return expr
+            axes = [seen.order.index(d) for d in range(len(seen.order))]
+            before = views.get(expr) if isinstance(expr, relax.Var) else None
+            return remember((before or root_view(expr)).permuted(axes), tuple(shape_of(expr)[a] for a in axes), builder)
+
+        new = sink(value, seen, reorder, builder.emit)
+        return remember(root_view(new.root).permuted(list(new.order)), shape, builder) if new else None
+
+    def same_view(
+        value: relax.Call, tensors: list[relax.Expr], shape: tuple[int, ...], builder: relax.BlockBuilder
+    ) -> relax.Expr | None:
+        """An elementwise operator on views of one kind becomes a view of the operator on the roots."""
+        if op_of(value) not in ELEMENTWISE:
+            return None
+        found = {t: views.get(t) for t in tensors if not _is_scalar(t)}
+        kinds = {(view.dims, shape_of(view.root)) if view else None for view in found.values()}
+        if None in kinds or len(kinds) != 1 or len({shape_of(t) for t in found}) != 1:
+            return None
+        args = [a if not is_tensor(a) else found[a].root if a in found else _flat(a) for a in value.args]
+        root = builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
+        return remember(View(root, next(iter(kinds))[0]), shape, builder)
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
         op = op_of(value)
-        if op in ELEMENTWISE:
-            return sink(value, builder)
         if op not in RESHAPES and op != "relax.permute_dims":
-            return value
+            new = sunk(value, shape_of(binding.var), builder) if op and is_tensor(binding.var) else None
+            return value if new is None else new
         source, shape = value.args[0], shape_of(binding.var)
         before = views.get(source) or root_view(source)
         if 0 in shape:
@@ -119,10 +157,7 @@ def simplify_views(module: IRModule) -> IRModule:
             after = before.reshaped(shape) or root_view(source).reshaped(shape)
         if after is None:
             return _reshape(source, shape, builder)
-        new = _emit(after, shape, builder)
-        if isinstance(new, relax.Var):
-            views[new] = after
-        return new
+        return remember(after, shape, builder)
 
     return rebuild(module, rewrite)
 
