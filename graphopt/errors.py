@@ -71,6 +71,15 @@ class ToolMissing(GraphoptError):
     exit = Exit.UNAVAILABLE
 
 
+class LinkFailed(GraphoptError):
+    """The compiler or the linker refused what code generation made; `reason` has the first lines of what it said."""
+
+    code = "link-failed"
+    message = "{name}: could not be linked for {target}: {reason}"
+    hint = "this is a fault of graphopt or of its toolchain; report it with what --dump-dir wrote"
+    exit = Exit.INTERNAL
+
+
 class UnsupportedOp(GraphoptError):
     """An operator that neither our templates nor TVM can express."""
 
