@@ -167,7 +167,6 @@ _MACS: dict[str, Callable[[Node], int]] = {
     **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), _inner(1)),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
-    "outer": _numel,
 }
 
 # Other FLOPs ----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def _same_value(node: Node) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
-    return before.shape == after.shape and before.dtype == after.dtype and before.device == after.device
+    same_kind = before.dtype == after.dtype and before.device == after.device
+    return same_kind and tuple(before.shape) == tuple(after.shape)
 
 
 def _infer_again(edit: Edit) -> None:
