@@ -296,8 +296,8 @@ class _Head:
         at = T.bind(self.scores + i * self.m_padded)
         row = T.bind(first + i)
         lowest = splat(-math.inf, lanes, "float32")
-        top = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
-        total = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        top = T.sblock_alloc_buffer((lanes,), "float32", scope="global")
+        total = T.sblock_alloc_buffer((lanes,), "float32", scope="global")
         store(top, 0, lowest, lanes, "float32")
         store(total, 0, splat(0.0, lanes, "float32"), lanes, "float32")
         whole = f.m // lanes  # vectors without columns beyond m
@@ -397,7 +397,7 @@ class _Head:
                     if inside >= t.lanes and column == 1:
                         store(self.out, to, scaled, t.lanes, "float32")
                         return
-                    one = T.sblock_alloc_buffer((t.lanes,), "float32", scope="local")
+                    one = T.sblock_alloc_buffer((t.lanes,), "float32", scope="global")
                     store(one, 0, scaled, t.lanes, "float32")
                     for lane in range(min(inside, t.lanes)):
                         store(self.out, to + lane * column, one[lane], 1, "float32")
@@ -415,7 +415,7 @@ def _multiply(tile: Tile, vectors: int, depth: Expr, left: Any, right: Any, writ
     """One register tile: sum over `depth` of left (a scalar per row) times right (vectors)."""
     lanes = tile.lanes
     with T.sblock("tile"):
-        sums = T.sblock_alloc_buffer((tile.mr * vectors * lanes,), "float32", scope="local")
+        sums = T.sblock_alloc_buffer((tile.mr * vectors * lanes,), "float32", scope="global")
         for at in range(tile.mr * vectors):
             store(sums, at * lanes, splat(0.0, lanes, "float32"), lanes, "float32")
         with T.serial(0, depth) as k:

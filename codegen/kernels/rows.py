@@ -22,7 +22,7 @@ def fold_row(
     count = min(ACCUMULATORS, vectors)
     parts: list[Expr] = []
     if count:
-        sums = T.sblock_alloc_buffer((count * lanes,), dtype, scope="local")
+        sums = T.sblock_alloc_buffer((count * lanes,), dtype, scope="global")
         for u in range(count):
             store(sums, u * lanes, splat(start, lanes, dtype), lanes, dtype)
 

@@ -283,7 +283,7 @@ class _Expand(Rewriter):
         # A buffer and not a variable: TVM's simplifier looks through variables, and takes (x + c) - c for x in floats too.
         # LLVM keeps the buffer in a register.
         lanes = int(value.ty.dtype.lanes)
-        buffer = tirx.decl_buffer((lanes,), str(value.ty.dtype).split("x")[0], "m", scope="local")
+        buffer = tirx.decl_buffer((lanes,), str(value.ty.dtype).split("x")[0], "m", scope="global")
         index = tirx.Ramp(0, 1, lanes) if lanes > 1 else tirx.const(0, "int32")
         self.bindings += [tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [index])]
         return tirx.BufferLoad(buffer, [index])
