@@ -52,7 +52,11 @@ def identifier(text: str, fallback: str = "model") -> str:
 
 def copy_exported(exported: ExportedProgram, graph: Graph | None = None) -> ExportedProgram:
     """A copy with a graph and signature of its own, or with `graph`; the weight tensors are shared."""
-    graph = copy.deepcopy(exported.graph) if graph is None else graph
+    if graph is None:
+        graph = copy.deepcopy(exported.graph)
+        # fx renames what is called like a builtin (an argument named `input`); the signature knows the old name.
+        for old, new in zip(exported.graph.nodes, graph.nodes, strict=True):
+            new.name = old.name
     return ExportedProgram(
         root=GraphModule(exported.graph_module, graph),
         graph=graph,

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from graphopt.arrays import samples_in
+from graphopt.arrays import fit_inputs, samples_in
 from graphopt.bundle import Bundle, check_replaceable, keep_while, load, new_bundle, open_runner, seal
 from graphopt.capture import capture
 from graphopt.cost import summary
-from graphopt.errors import BadOption, CannotWrite, GraphoptError, OutputInTheWay
+from graphopt.errors import BadOption, CannotWrite, OutputInTheWay
+from graphopt.export import KINDS, SUFFIXES, Kind, export
 from graphopt.manifest import NOT_VERIFIED, Manifest, Verification, versions
-from graphopt.program import Program, identifier
-from graphopt.staging import publish_files, reason_of, resolved, staged
-from graphopt.verify import round_up, samples_of, verify
+from graphopt.program import Program
+from graphopt.staging import reason_of, resolved
+from graphopt.verify import Run, Sample, round_up, samples_of, verify
 
 if TYPE_CHECKING:
     from graphopt.codegen.artefact import Artefact
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from graphopt.targets.target import Target
 
 Progress = Callable[[str], None]
-Kind = Literal["bundle", "shared", "static", "wasm"]
-
-SUFFIXES: dict[str, Kind] = {".so": "shared", ".a": "static", ".wasm": "wasm"}
-KINDS: dict[str, tuple[Kind, ...]] = {
-    "cpu": ("bundle", "shared", "static"),
-    "arm": ("bundle", "shared", "static"),
-    "cuda": ("bundle", "shared"),
-    "wasm": ("bundle", "wasm"),
-}
-
 
 def _silent(_: str) -> None:
     pass
