@@ -9,7 +9,7 @@ from tvm.ir import IRModule
 
 from graphopt.codegen.dataflow import Dataflow, op_of
 from graphopt.codegen.kernels import templates
-from graphopt.codegen.kernels.template import KernelCall
+from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.rebuild import rebuild
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
@@ -21,13 +21,13 @@ class Selection:
 
     module: IRModule
     calls: dict[str, KernelCall]  # name of the external function in the module to its call
-    declined: tuple[Decline, ...]
+    declined: tuple[Decline, ...]  # why no template took an operator that some template looked at
 
 
 def select(module: IRModule, target: Target) -> Selection:
     """Let the templates look at every operator, in program order; the first that accepts one takes it."""
     flow = Dataflow(module["main"])
-    by_anchor: dict[str, list] = {}
+    by_anchor: dict[str, list[Template]] = {}
     for template in templates():
         for anchor in template.anchors:
             by_anchor.setdefault(anchor, []).append(template)
@@ -38,14 +38,17 @@ def select(module: IRModule, target: Target) -> Selection:
     for binding in flow.bindings:
         if binding.var in taken:
             continue
+        refusals = []
         for template in by_anchor.get(op_of(binding.value), ()):
             result = template.match(flow, binding, target)
             if isinstance(result, Decline):
-                declined.append(Decline(f"{template.name}: {result.where}", result.reason))
+                refusals.append(Decline(f"{template.name}: {result.where}", result.reason))
             elif taken.isdisjoint(result.covers):
                 taken.update(result.covers)
                 at[result.output] = result
                 break
+        else:
+            declined += refusals
 
     names = {var: f"call{i}" for i, var in enumerate(at)}
 

@@ -8,7 +8,14 @@ from importlib import import_module
 from graphopt.codegen.kernels.template import Template
 
 # Family to class. Where two look at the same operator, the earlier one is asked first.
-TEMPLATES: dict[str, str] = {}
+TEMPLATES: dict[str, str] = {
+    "attention": "Attention",
+    "gemm": "Gemm",
+    "depthwise": "DepthwiseConv2d",
+    "conv2d": "Conv2d",
+    "layer_norm": "LayerNorm",
+    "softmax": "Softmax",
+}
 
 
 @cache
