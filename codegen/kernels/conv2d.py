@@ -208,9 +208,7 @@ def build(conv: Conv, target: Target) -> PrimFunc:
 
     def body(*buffers: Buffer) -> None:
         named = {name: buffer for (name, _, _), buffer in zip(params, buffers, strict=True)}
-        extra = after.bind(
-            [named[n] for n, _, _ in after.buffers(False)], [named[n] for n, _, _ in after.buffers(True)]
-        )
+        extra = after.bind(named)
         source = named["x"]
         if padded:
             emit_padding(g, source, named["scratch"], target, BYTES[conv.dtype])

@@ -126,9 +126,7 @@ def build(conv: Depthwise) -> PrimFunc:
 
     def body(*buffers: Buffer) -> None:
         named = {name: buffer for (name, _, _), buffer in zip(params, buffers, strict=True)}
-        extra = after.bind(
-            [named[n] for n, _, _ in after.buffers(False)], [named[n] for n, _, _ in after.buffers(True)]
-        )
+        extra = after.bind(named)
         width, strip = g.out[1], conv.strip
         edge_left, edge_right = _edges(g)
         with loop(g.batch * g.out[0], conv.parallel) as row:

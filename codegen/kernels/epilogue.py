@@ -11,7 +11,7 @@ sum, and no two kernels ever want the same binding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,9 @@ class Epilogue:
         kind = "constant" if constant else "operand"
         return [(f"{kind}{i}", o.size, o.dtype) for i, o in enumerate(self.operands) if o.constant == constant]
 
-    def bind(self, inputs: Sequence[Buffer], constants: Sequence[Buffer]) -> list[Buffer]:
-        """Buffers in the order of the operands."""
-        sources = {True: iter(constants), False: iter(inputs)}
-        return [next(sources[o.constant]) for o in self.operands]
+    def bind(self, named: Mapping[str, Buffer]) -> list[Buffer]:
+        """Buffers in the order of the operands, from the kernel's parameters by name."""
+        return [named[("constant" if o.constant else "operand") + str(i)] for i, o in enumerate(self.operands)]
 
     def apply(self, acc: Expr, buffers: Sequence[Buffer], row: Expr, col: Expr, lanes: int, dtype: str) -> Expr:
         """The expression for `lanes` results from column `col` of `row`; emits bindings of values with many readers."""

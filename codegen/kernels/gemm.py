@@ -165,9 +165,7 @@ def build(product: Product) -> PrimFunc:
     def body(*buffers: Buffer) -> None:
         named = {name: buffer for (name, _, _), buffer in zip(params, buffers, strict=True)}
         a, b, c = named["a"], named["b"], named["c"]
-        extra = after.bind(
-            [named[n] for n, _, _ in after.buffers(False)], [named[n] for n, _, _ in after.buffers(True)]
-        )
+        extra = after.bind(named)
         which: list[Expr] = [0]
 
         def finish(row: Expr, col: Expr, value: Expr) -> None:

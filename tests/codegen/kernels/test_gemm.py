@@ -1,0 +1,93 @@
+"""Matrix products: every remainder of rows and columns, every tail, batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphopt.codegen.kernels.gemm import Gemm
+from graphopt.codegen.kernels.tile import pack, tiles
+from hypothesis import given
+from hypothesis import strategies as st
+from tvm import relax
+
+from graphopt.errors import Decline
+from tests.codegen.kernels.dense import QUICK, TAILS, check, linear, product
+from tests.codegen.kernels.harness import ARM, HOST, WASM, match, relax_main
+
+SIZES = st.tuples(
+    st.integers(1, 40), st.integers(1, 70), st.one_of(st.integers(1, 50), st.sampled_from([1, 10, 64, 100])),
+    st.sampled_from(sorted(TAILS)),
+)  # fmt: skip
+
+
+@QUICK
+@given(st.lists(SIZES, min_size=24, max_size=24))
+def test_random_sizes_and_tails(cases):
+    """Any sizes with any tail equal PyTorch in float64."""
+    check([linear((m, k), n, tail, Gemm(), i) for i, (m, k, n, tail) in enumerate(cases)])
+
+
+def test_every_remainder():
+    """Rows and columns from one below to one above the tile, and one row or column only."""
+    rows = [linear((m, 9), 16, "bias", Gemm()) for m in range(1, 14)]
+    columns = [linear((7, 5), n, "bias", Gemm()) for n in (*range(1, 20), 31, 33)]
+    check(rows + columns)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 13, 24)])
+def test_every_tail(shape):
+    """Each elementwise tail is taken whole, with leading dimensions in place."""
+    check([linear(shape, 20, tail, Gemm()) for tail in TAILS])
+
+
+def test_long_reductions_in_blocks():
+    """Rows are cut into blocks that fit the cache, and the work over threads."""
+    cases = [linear((197, 1536), 48, "bias", Gemm()), linear((1, 700), 1000, "bias", Gemm())]
+    assert cases[0].call.parameters["block"] < 197
+    check(cases)
+
+
+def test_products_of_run_time_tensors():
+    """The second operand is read as it lies, per batch or shared."""
+    check(
+        [
+            product((2, 3, 7, 20), (2, 3, 20, 13), "relu", Gemm()),
+            product((5, 33), (33, 40), "residual_relu", Gemm()),
+            product((4, 6, 9), (9, 17), "none", Gemm()),
+            product((3, 1, 9), (3, 9, 3), "gate", Gemm()),
+        ],
+    )
+
+
+def test_equal_layers_share_a_kernel():
+    """Equal sizes and tails have equal keys, whatever the weights; another tail has another."""
+    first, second = (linear((8, 16), 32, "bias", Gemm(), seed) for seed in (1, 2))
+    assert first.call.key == second.call.key
+    assert not np.array_equal(first.call.constants[0], second.call.constants[0])
+    assert first.call.key != linear((8, 16), 32, "relu", Gemm()).call.key
+
+
+def test_packed_panels_overlap():
+    """The last panel starts where it ends at the last column."""
+    weight = np.arange(2 * 20, dtype=np.float32).reshape(2, 20)
+    tile = next(t for t in tiles(6, 20, HOST.isa) if t.nr == 16)
+    packed = pack(weight, 20, tile)
+    assert packed.shape == (2, 2, 16)
+    np.testing.assert_array_equal(packed[1, 0], np.arange(4, 20))
+
+
+def test_integers_are_declined():
+    """Only floats; the reason names the types."""
+    x = relax.Var("x", relax.TensorType((4, 4), "int32"))
+    flow = relax_main(lambda b: b.emit(relax.op.matmul(x, x)), [x])
+    declined = match(flow, Gemm())
+    assert isinstance(declined, Decline)
+    assert "int32" in declined.reason
+
+
+def test_no_tile_exceeds_the_registers():
+    """Accumulators, a row of W and an element of A fit, on every instruction set."""
+    for target in (HOST, ARM, WASM):
+        for tile in tiles(64, 64, target.isa):
+            used = tile.mr * tile.vectors + (tile.vectors if tile.mr > 1 else 0) + 1
+            assert used <= target.isa.vector_registers
