@@ -42,8 +42,8 @@ def write_entry(
         symbols: C symbol of each kernel named in the steps.
         inputs, outputs: the program's interface, in the order of the steps' inputs and outputs.
     """
-    weight_at, blob = _pack_weights(program)
-    direct = _direct_outputs(program)
+    weight_at, blob = pack_weights(program)
+    direct = direct_outputs(program)
     plan = plan_memory(program, direct)
     # Behind the arena: room for inputs and outputs that the caller does not align.
     stage_at, top = [], plan.arena_bytes
@@ -94,7 +94,7 @@ def write_entry(
     return Entry(source, _header(name, inputs, outputs, top, len(blob)), blob, top)
 
 
-def _pack_weights(program: StepProgram) -> tuple[list[int], bytes]:
+def pack_weights(program: StepProgram) -> tuple[list[int], bytes]:
     """Offsets of the weights in one blob, each aligned."""
     offsets, blob = [], bytearray()
     for array in program.weights:
@@ -104,7 +104,7 @@ def _pack_weights(program: StepProgram) -> tuple[list[int], bytes]:
     return offsets, bytes(blob)
 
 
-def _direct_outputs(program: StepProgram) -> dict[Buffer, int]:
+def direct_outputs(program: StepProgram) -> dict[Buffer, int]:
     """Temporaries that can be written straight into the caller's output: each to the first output that it is."""
     direct: dict[Buffer, int] = {}
     for i, buffer in enumerate(program.outputs):
