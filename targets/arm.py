@@ -43,10 +43,11 @@ def _named(name: str) -> Target:
     return Target(
         spec=f"arm:{name}",
         kind="arm",
-        # The templates are written for 128-bit NEON; with SVE on, LLVM would vectorise what is left at an unknown width.
+        # The templates are written for 128-bit NEON; with SVE on, LLVM would use vectors of unknown width elsewhere.
         llvm={"kind": "llvm", "mtriple": AARCH64, "mcpu": name, "mattr": ["+neon", "-sve"]},
         zig=f"{AARCH64}.{GLIBC}",
-        zig_cpu=name.replace("-", "_"),
+        # For the entry and the runtime: one for all, as the toolchain builds its own library anew for every processor.
+        zig_cpu="generic",
         isa=isa,
         l1d_bytes=l1d_kib * KIB,
         l2_bytes=l2_kib * KIB,

@@ -20,7 +20,7 @@ from graphopt.targets.target import AVX2, AVX512, KIB, MIB, NEON, SSE4, Isa, Tar
 X86_64 = "x86_64-linux-gnu"
 GLIBC = "2.28"
 
-# /proc/cpuinfo's name of each extension, and LLVM's. The rest of a processor's features doesn't matter to generated code.
+# /proc/cpuinfo's name of each vector extension, and LLVM's. Other features don't matter to generated code.
 _FLAGS = {
     "sse4_1": "sse4.1",
     "sse4_2": "sse4.2",
@@ -66,14 +66,14 @@ def x86(spec: str, processor: str, features: tuple[str, ...], *, l1d_bytes: int,
     if isa is AVX512:
         # Intel's models split 512-bit vectors in two otherwise; the templates choose their width themselves.
         switches.append("-prefer-256-bit")
-    baseline = {"sse4": "x86_64_v2", "avx2": "x86_64_v3", "avx512": "x86_64_v4"}[isa.name]
     return Target(
         spec=spec,
         kind="cpu",
         llvm={"kind": "llvm", "mtriple": X86_64, "mcpu": processor, "mattr": switches},
         zig=f"{X86_64}.{GLIBC}",
-        # The entry and the runtime are scalar code; a level, not a model, so that a masked extension stays off.
-        zig_cpu=baseline if features else "x86_64",
+        # The entry and the runtime are scalar code. The toolchain builds its own library anew for every processor, which
+        # takes ten seconds, so all share one.
+        zig_cpu="x86_64",
         isa=isa,
         l1d_bytes=l1d_bytes,
         l2_bytes=l2_bytes,

@@ -19,9 +19,15 @@ def _target(spec: str, isa: Isa, features: tuple[str, ...], source: str) -> Targ
     return Target(
         spec=spec,
         kind="wasm",
-        llvm={"kind": "llvm", "mtriple": "wasm32-unknown-unknown", "mattr": [f"+{name}" for name in features]},
+        llvm={
+            "kind": "llvm",
+            "mtriple": "wasm32-unknown-unknown",
+            "vector-width": isa.vector_bits,
+            "mattr": [f"+{name}" for name in features],
+        },
         zig=WASM32,
-        zig_cpu="generic+" + "+".join(name.replace("-", "_") for name in features),
+        # For the entry and the runtime: one for both, as the toolchain builds its own library anew for every processor.
+        zig_cpu="generic+" + "+".join(name.replace("-", "_") for name in _COMMON),
         isa=isa,
         # The machine below is unknown; these are what phones and laptops of the last ten years have at least.
         l1d_bytes=32 * KIB,
