@@ -90,27 +90,33 @@ def torch_compile(program: Program, inputs: Mapping[str, Array], threads: int) -
     return run
 
 
-def onnxruntime(program: Program, inputs: Mapping[str, Array], threads: int) -> Run:
-    """onnxruntime's CPU provider with all its graph optimisations, on what torch.onnx makes of the program."""
-    for package in ("onnxruntime", "onnxscript", "onnx"):
+def to_onnx(program: Program) -> bytes:
+    """The program as an ONNX file, inputs under their own names. Raises ToolMissing."""
+    for package in ("onnxscript", "onnx"):
         _needs(package, "pip install 'graphopt[onnx]'")
     import io
 
-    import onnxruntime as ort
     import torch
 
-    exported = torch.onnx.export(
-        program.exported, input_names=[spec.name for spec in program.inputs], dynamo=True, verbose=False
-    )
-    buffer = io.BytesIO()
+    names = [spec.name for spec in program.inputs]
+    exported = torch.onnx.export(program.exported, input_names=names, dynamo=True, verbose=False)
     assert exported is not None
+    buffer = io.BytesIO()
     exported.save(buffer)
+    return buffer.getvalue()
+
+
+def onnxruntime(program: Program, inputs: Mapping[str, Array], threads: int) -> Run:
+    """onnxruntime's CPU provider with all its graph optimisations, on what torch.onnx makes of the program."""
+    _needs("onnxruntime", "pip install 'graphopt[onnx]'")
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Threads that spin between runs would slow down whoever's turn is next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(to_onnx(program), options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     feed = dict(zip(names, (inputs[spec.name] for spec in program.inputs), strict=True))
     return lambda: session.run(None, feed)
