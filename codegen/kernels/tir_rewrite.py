@@ -121,3 +121,28 @@ def is_load(e: Any) -> bool:
 
 def _same(new: Any, old: Any) -> bool:
     return all(a.same_as(b) for a, b in zip(new, old, strict=True))
+
+
+def children(node: Any) -> list[Any]:
+    """Expressions and statements directly below a node."""
+    if isinstance(node, Call):
+        return list(node.args)
+    if isinstance(node, _BINARY):
+        return [node.a, node.b]
+    if isinstance(node, tirx.Cast | tirx.Broadcast):
+        return [node.value]
+    if isinstance(node, tirx.Select):
+        return [node.condition, node.true_value, node.false_value]
+    if isinstance(node, tirx.Not | tirx.BitwiseNot):
+        return [node.a]
+    if isinstance(node, tirx.Let):
+        return [node.value, node.body]
+    if isinstance(node, tirx.BufferStore):
+        return [node.value, *node.indices]
+    if isinstance(node, tirx.SeqStmt):
+        return list(node.seq)
+    if isinstance(node, tirx.IfThenElse):
+        return [node.condition, node.then_case, *([] if node.else_case is None else [node.else_case])]
+    if isinstance(node, tirx.For):
+        return [node.body]
+    return list(node.indices) if is_load(node) else []
