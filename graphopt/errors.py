@@ -80,6 +80,15 @@ class LinkFailed(GraphoptError):
     exit = Exit.INTERNAL
 
 
+class RunFailed(GraphoptError):
+    """A compiled model could not be loaded or did not run to its end."""
+
+    code = "run-failed"
+    message = "{name}: did not run with {runner}: {reason}"
+    hint = "check that the files are those that graphopt wrote for this machine; if they are, report it"
+    exit = Exit.CHECK_FAILED
+
+
 class UnsupportedOp(GraphoptError):
     """An operator that neither our templates nor TVM can express."""
 
