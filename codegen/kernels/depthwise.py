@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of
 from graphopt.codegen.kernels.conv2d import Window, window
-from graphopt.codegen.kernels.emit import Buffer, Expr, accumulator, load, loop, prim_func, splat, store
+from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, accumulator, load, loop, prim_func, store
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.gemm import SHORT
 from graphopt.codegen.kernels.template import KernelCall, Template
@@ -179,14 +179,7 @@ class _Strips:
     def _block(self, start: Expr, channel: Expr, inside: bool) -> None:
         conv, g = self.conv, self.conv.geometry
         dtype, lanes, strip = accumulator(conv.dtype), conv.lanes, conv.strip
-        acc = T.alloc_buffer((strip * lanes,), dtype, scope="local", layout=None)
-
-        def at(s: int) -> Expr:
-            return tirx.Ramp(s * lanes, 1, lanes) if lanes > 1 else s
-
-        for s in range(strip):
-            T.buffer_store(acc, splat(0.0, lanes, dtype), [at(s)])
-
+        acc = Registers(strip, lanes, dtype)
         left = start * g.strides[1] - g.padding[1]
         uses: dict[int, list[tuple[int, int]]] = {}  # input column behind `left` to (result, kernel column)
         for s in range(strip):
@@ -204,7 +197,7 @@ class _Strips:
             for column in sorted(uses):
                 value = load(self.named["x"], line + (left + column) * g.channels, lanes, dtype)
                 for s, j in uses[column]:
-                    T.buffer_store(acc, tirx.BufferLoad(acc, [at(s)]) + value * weights[j], [at(s)])
+                    acc[s] = acc[s] + value * weights[j]
 
         if g.padding[0] or g.padding[2]:
             # Kernel rows inside the image: low <= i < high.
@@ -219,5 +212,5 @@ class _Strips:
 
         for s in range(strip):
             pixel = self.row * g.out[1] + start + s
-            value = conv.epilogue.apply(tirx.BufferLoad(acc, [at(s)]), self.extra, pixel, channel, lanes, dtype)
+            value = conv.epilogue.apply(acc[s], self.extra, pixel, channel, lanes, dtype)
             store(self.named["y"], pixel * g.channels + channel, value, lanes, dtype)

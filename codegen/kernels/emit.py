@@ -62,6 +62,25 @@ def splat(value: float, lanes: int, dtype: str) -> Expr:
     return spread(tirx.const(value, dtype), lanes)
 
 
+class Registers:
+    """Vectors that LLVM keeps in registers: their indices are known when the kernel is written.
+
+    TVM takes only small buffers of global scope from the stack, others from its runtime; so each vector is a buffer.
+    """
+
+    def __init__(self, count: int, lanes: int, dtype: str) -> None:
+        self._lanes = lanes
+        self._buffers = [T.alloc_buffer((lanes,), dtype, layout=None) for _ in range(count)]
+        for i in range(count):
+            self[i] = splat(0.0, lanes, dtype)
+
+    def __getitem__(self, i: int) -> Expr:
+        return tirx.BufferLoad(self._buffers[i], [index(0, self._lanes)])
+
+    def __setitem__(self, i: int, value: Expr) -> None:
+        T.buffer_store(self._buffers[i], value, [index(0, self._lanes)])
+
+
 def loop(extent: int, parallel: bool = False) -> Any:
     """A counted loop, over threads where asked."""
     return T.parallel(0, extent) if parallel and extent > 1 else T.serial(0, extent)

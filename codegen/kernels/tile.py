@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from graphopt.codegen.dataflow import Array
-from graphopt.codegen.kernels.emit import Buffer, Expr, load, loop, splat, spread
+from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, load, loop, spread
 from graphopt.targets.target import Isa, Target
 from tvm import tirx
 from tvm.tirx.script import builder as T
@@ -81,10 +81,13 @@ def tiles(m: int, n: int, isa: Isa, bits: int = 32) -> Iterator[Tile]:
 
 def cycles(m: int, n: int, tile: Tile, isa: Isa) -> float:
     """Estimate per step of t for the whole product."""
-    operations = tile.mr * tile.vectors * (1 if isa.has_fma else 2)
-    arithmetic = operations / isa.fma_per_cycle
+    accumulators = tile.mr * tile.vectors
+    arithmetic = accumulators * (1 if isa.has_fma else 2) / isa.fma_per_cycle
+    # Measured on Zen 4: with few accumulators the units run dry between steps, and each row of A is one more stream
+    # that competes for the ways of the first-level cache.
+    arithmetic *= 1 + 2 / accumulators
     loads = (tile.mr + tile.vectors) / LOADS_PER_CYCLE
-    each = max(arithmetic, loads, isa.fma_latency_cycles) + 0.02 * (tile.mr + tile.vectors)
+    each = max(arithmetic, loads, isa.fma_latency_cycles) + 0.08 * tile.mr
     return -(-m // tile.mr) * -(-n // tile.nr) * each
 
 
@@ -168,15 +171,7 @@ def emit_tile(
 ) -> None:
     """Emit one register tile: clear, reduce, finish."""
     tile, lanes = nest.tile, nest.tile.lanes
-    acc = T.alloc_buffer((tile.mr * tile.nr,), dtype, scope="local", layout=None)
-
-    def at(r: int, v: int) -> Expr:
-        start = r * tile.nr + v * lanes
-        return tirx.Ramp(start, 1, lanes) if lanes > 1 else start
-
-    for r in range(tile.mr):
-        for v in range(tile.vectors):
-            T.buffer_store(acc, splat(0.0, lanes, dtype), [at(r, v)])
+    acc = Registers(tile.mr * tile.vectors, lanes, dtype)
 
     def reduce(levels: Sequence[tuple[int, int, int]], a_shift: Expr, w_shift: Expr) -> None:
         if levels:
@@ -191,9 +186,10 @@ def emit_tile(
         for r in range(tile.mr):
             element = spread(load(a, a_starts[r] + a_shift, 1, dtype), lanes)
             for v in range(tile.vectors):
-                T.buffer_store(acc, tirx.BufferLoad(acc, [at(r, v)]) + element * row_of_w[v], [at(r, v)])
+                i = r * tile.vectors + v
+                acc[i] = acc[i] + element * row_of_w[v]
 
     reduce(nest.reduction, 0, 0)
     for r in range(tile.mr):
         for v in range(tile.vectors):
-            finish(row + r, column + v * lanes, tirx.BufferLoad(acc, [at(r, v)]))
+            finish(row + r, column + v * lanes, acc[r * tile.vectors + v])
