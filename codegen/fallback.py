@@ -6,7 +6,7 @@ from tvm import ir, relax
 from tvm.ir import IRModule
 from tvm.tirx import PrimFunc
 
-from graphopt.codegen.half import widen_norms
+from graphopt.codegen.half import widen_sums
 
 # Reshapes stay operators: they name bytes that lie there already, and no kernel is called for them.
 FREE = ["relax.reshape"]
@@ -22,7 +22,7 @@ def legalise(module: IRModule) -> IRModule:
         t.FuseTIR(),
         t.DeadCodeElimination(),
     ]
-    return ir.transform.Sequential(passes)(widen_norms(module))
+    return ir.transform.Sequential(passes)(widen_sums(module))
 
 
 def functions(module: IRModule) -> dict[str, PrimFunc]:

@@ -60,18 +60,22 @@ class Importer(ExportedProgramImporter):
         return self.block_builder.emit(relax.op.astype(value, wanted))
 
 
-# TVM's legalisation of these takes no bfloat16.
-_NORMS = ("relax.nn.layer_norm", "relax.nn.group_norm", "relax.nn.rms_norm", "relax.nn.instance_norm")
+# Sums over many elements: TVM adds them up in the half type itself, and its norms take no bfloat16 at all.
+_SUMS = (
+    *(f"relax.nn.{name}" for name in ("layer_norm", "group_norm", "rms_norm", "instance_norm", "batch_norm")),
+    *("relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.avg_pool2d", "relax.nn.adaptive_avg_pool2d"),
+    *("relax.mean", "relax.sum", "relax.variance", "relax.std"),
+)
 
 
-def widen_norms(module: IRModule) -> IRModule:
-    """Let norms of bfloat16 tensors compute in float32 and round at the end, as PyTorch does."""
+def widen_sums(module: IRModule) -> IRModule:
+    """Let norms, softmax and means of float16 and bfloat16 compute in float32 and round at the end, as PyTorch does."""
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
-        if op_of(value) not in _NORMS or dtype_of(binding.var) != "bfloat16":
+        if op_of(value) not in _SUMS or not is_tensor(binding.var) or dtype_of(binding.var) not in HALVES.values():
             return value
-        args = [builder.emit(relax.op.astype(a, "float32")) for a in value.args]
+        args = [builder.emit(relax.op.astype(a, "float32")) if is_tensor(a) else a for a in value.args]
         wide = builder.emit(relax.Call(value.op, args, value.attrs))
-        return relax.op.astype(wide, "bfloat16")
+        return relax.op.astype(wide, dtype_of(binding.var))
 
     return rebuild(module, rewrite)

@@ -98,19 +98,14 @@ def compile_cuda(source: str, arch: str, options: Sequence[str] = ()) -> Image:
         ToolMissing: the wheels are not installed.
         CompileFailed: with NVRTC's log.
     """
-    cubin, log = _compile(source, f"--gpu-architecture={arch}", "CUBIN", [*options, "--ptxas-options=-v"])
-    ptx, _ = _compile(source, f"--gpu-architecture={arch.replace('sm_', 'compute_')}", "PTX", options)
-    return Image(arch, cubin, ptx.rstrip(b"\0").decode(), parse_usage(log))
-
-
-def _compile(source: str, architecture: str, kind: str, options: Sequence[str]) -> tuple[bytes, str]:
     nvrtc, root = _library(), _root()
     flags = [
-        architecture,
+        f"--gpu-architecture={arch}",
         "-default-device",
         "--device-int128",
         f"-I{root / 'include'}",
         f"-I{root / 'include' / 'cccl'}",
+        "--ptxas-options=-v",
         *options,
     ]
     program = ctypes.c_void_p()
@@ -121,7 +116,9 @@ def _compile(source: str, architecture: str, kind: str, options: Sequence[str]) 
         log = _take(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if failed:
             raise CompileFailed(log)
-        return _take(nvrtc, program, kind), log
+        # Compiling for a real architecture leaves the PTX that it went through as well.
+        ptx = _take(nvrtc, program, "PTX").rstrip(b"\0").decode()
+        return Image(arch, _take(nvrtc, program, "CUBIN"), ptx, parse_usage(log))
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
