@@ -65,9 +65,7 @@ def localise(data: bytes, keep: Callable[[str], bool]) -> bytes:
     tables = [index for index, s in enumerate(sections) if s.kind == _SYMTAB]
     assert len(tables) == 1, f"{len(tables)} symbol tables"
     table = sections[tables[0]]
-    symbols = [
-        _SYMBOL.unpack_from(data, at) for at in range(table.offset, table.offset + table.size, _SYMBOL.size)
-    ]
+    symbols = [_SYMBOL.unpack_from(data, at) for at in range(table.offset, table.offset + table.size, _SYMBOL.size)]
 
     def hidden(symbol: tuple[int, ...]) -> bool:
         name, info, _, section, _, _ = symbol

@@ -33,10 +33,8 @@ _RUNTIME: dict[Kind, tuple[str, ...]] = {
     "cuda": ("threads.c", "weights.c", "kernel_support.c"),
     "wasm": ("kernel_support.c",),
 }
-_COMPILE = (
-    "-std=gnu11 -O2 -g0 -fPIC -fvisibility=hidden -ffunction-sections -fdata-sections -fno-sanitize=all "
-    "-fno-stack-protector -fno-addrsig -fno-ident -Wno-unused-command-line-argument"
-).split()
+_COMPILE = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]
+_COMPILE += ["-fno-sanitize=all", "-fno-stack-protector", "-fno-addrsig", "-fno-ident"]
 # What a program that links the static library has to give, too.
 LIBRARIES = ("-lm", "-lpthread", "-ldl")
 _WASM_STACK_BYTES = 1 << 20
@@ -119,8 +117,8 @@ def _wasm(artefact: Artefact, target: Target, place: Path) -> bytes:
     except LinkFailed as error:
         if "undefined symbol" not in str(error.fields["reason"]):
             raise
-        # A function of libm that the compiler's own library lacks, such as erff. WASI's libc has it; building that takes
-        # half a minute the first time, so it is not the rule.
+        # A function of libm that the compiler's own library lacks, such as erff. WASI's libc has it; building that
+        # takes half a minute the first time, so it is not the rule.
         options.append("-mexec-model=reactor")
         _call(artefact, target, place, [*inputs, *options, "-lm"], f"{name}.wasm", triple="wasm32-wasi")
     module = (place / f"{name}.wasm").read_bytes()
@@ -182,8 +180,12 @@ def _call(
 
 
 def _write(file: Path, content: bytes) -> Path:
+    # A library that a program has loaded keeps its bytes: the new one is another file, put in its place.
+    fresh = file.with_name(f".{file.name}.new")
     try:
-        file.write_bytes(content)
+        fresh.write_bytes(content)
+        fresh.replace(file)
     except OSError as error:
+        fresh.unlink(missing_ok=True)
         raise CannotWrite(file=file, reason=error.strerror or error) from error
     return file

@@ -20,7 +20,11 @@ from graphopt.targets.target import Target
 ROWS, COLUMNS = 37, 64
 
 INPUTS = (TensorSpec("x", (ROWS, COLUMNS), "float32"), TensorSpec("ids", (5,), "int64"))
-OUTPUTS = (TensorSpec("y", (ROWS, COLUMNS), "float32"), TensorSpec("next", (5,), "int64"), TensorSpec("odd", (5,), "bool"))
+OUTPUTS = (
+    TensorSpec("y", (ROWS, COLUMNS), "float32"),
+    TensorSpec("next", (5,), "int64"),
+    TensorSpec("odd", (5,), "bool"),
+)
 
 
 def _parallel(func: PrimFunc) -> PrimFunc:
@@ -40,7 +44,10 @@ def kernels(spec: str, factor: float) -> bytes:
     ids = te.placeholder((5,), "int64", name="ids")
     after = te.compute((5,), lambda i: ids[i] + 1, name="after")
     odd = te.compute((5,), lambda i: (ids[i] & 1).astype("int8"), name="odd")
-    functions = {"affine": _parallel(te.create_prim_func([x, bias, y])), "count": te.create_prim_func([ids, after, odd])}
+    functions = {
+        "affine": _parallel(te.create_prim_func([x, bias, y])),
+        "count": te.create_prim_func([ids, after, odd]),
+    }
     with tempfile.TemporaryDirectory() as folder:
         build_object(functions, resolve(spec), Path(folder) / "kernels.o")
         return (Path(folder) / "kernels.o").read_bytes()
@@ -81,9 +88,7 @@ GRAPHOPT_API void NAME_unmap_weights(const void *);
 """
 
 
-def artefact(
-    target: Target, *, name: str = "tiny", factor: float = 2.0, extra: str = "", before: str = ""
-) -> Artefact:
+def artefact(target: Target, *, name: str = "tiny", factor: float = 2.0, extra: str = "", before: str = "") -> Artefact:
     """y = relu(x * factor + bias), next = ids + 1, odd = ids is odd; with C text for file scope and for NAME_run."""
     weights = bias_of(factor).tobytes()
     source = _SOURCE.replace("EXTRA", extra).replace("BEFORE", before).replace("WEIGHTS", str(len(weights)))

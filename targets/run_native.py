@@ -1,0 +1,114 @@
+"""Run a shared library on this machine, in this process, through ctypes.
+
+The weights are mapped, not copied; workspace and outputs are 64-byte aligned, so the kernels work in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from graphopt.errors import RunFailed, ToolMissing
+from graphopt.targets.cpu import runs_here
+from graphopt.targets.runner import Interface, aligned_array, array_dtype, dense
+from graphopt.targets.target import Target
+
+
+def why_not(target: Target) -> str:
+    """What keeps this machine from running `target`'s code; empty where nothing does."""
+    if runs_here(target):
+        return ""
+    return f"this machine does not execute code for {target}; run it on one that does"
+
+
+class Runner:
+    """A loaded library. `run` may be called by one thread at a time, as there is one workspace."""
+
+    name = "native"
+
+    def __init__(self, folder: Path, model: Interface, target: Target, *, threads: int = 0) -> None:
+        """Load libNAME.so from `folder` and map weights.bin beside it.
+
+        Args:
+            threads: how many a run may use; 0 is one per processor. It holds for every user of this library file.
+
+        Raises:
+            ToolMissing: this machine cannot run it.
+            RunFailed: the library or the weights cannot be loaded.
+        """
+        if reason := why_not(target):
+            raise ToolMissing(tool="a fitting processor", purpose=f"run {target}", install=reason)
+        self._model = model
+        name = model.name
+        try:
+            self._library = ctypes.CDLL(str((folder / f"lib{name}.so").resolve()))
+        except OSError as error:
+            raise RunFailed(name=name, runner=self.name, reason=str(error)) from error
+        self._call = self._library[f"{name}_run"]
+        self._call.argtypes = [ctypes.c_void_p] * 4
+        self._call.restype = ctypes.c_int32
+        self._unmap = self._library[f"{name}_unmap_weights"]
+        self._unmap.argtypes, self._unmap.restype = [ctypes.c_void_p], None
+        self._set_threads = self._library[f"{name}_set_threads"]
+        self._set_threads.argtypes, self._set_threads.restype = [ctypes.c_int32], None
+        self._set_threads(threads)
+        size = self._library[f"{name}_workspace_bytes"]
+        size.restype = ctypes.c_size_t
+        self._workspace = aligned_array((size(),), np.dtype(np.uint8))
+        map_weights = self._library[f"{name}_map_weights"]
+        map_weights.argtypes, map_weights.restype = [ctypes.c_char_p], ctypes.c_void_p
+        self._weights = map_weights(str(folder / "weights.bin").encode())
+        if self._weights is None:
+            raise RunFailed(
+                name=name, runner=self.name, reason=f"{folder / 'weights.bin'} is missing or has another size"
+            )
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `graphopt.targets.runner.Runner`."""
+        arrays = dense(self._model.inputs, inputs)
+        outputs = [aligned_array(spec.shape, array_dtype(spec)) for spec in self._model.outputs]
+        self._run(*self._pointers(arrays, outputs))
+        return outputs
+
+    def time(self, inputs: Sequence[np.ndarray], seconds: float) -> list[float]:
+        """See `graphopt.targets.runner.Runner`."""
+        arrays = []
+        for array in dense(self._model.inputs, inputs):
+            arrays.append(aligned_array(array.shape, array.dtype))
+            arrays[-1][...] = array
+        outputs = [aligned_array(spec.shape, array_dtype(spec)) for spec in self._model.outputs]
+        pointers = self._pointers(arrays, outputs)
+        taken = []
+        end = time.perf_counter() + seconds
+        while not taken or time.perf_counter() < end:
+            start = time.perf_counter()
+            self._run(*pointers)
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    def close(self) -> None:
+        """See `graphopt.targets.runner.Runner`. The library's threads end with its last user."""
+        if self._weights is None:
+            return
+        self._unmap(self._weights)
+        self._weights = None
+        import _ctypes
+
+        with contextlib.suppress(OSError):
+            _ctypes.dlclose(self._library._handle)
+
+    def _pointers(
+        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+    ) -> tuple[ctypes.Array, ctypes.Array]:
+        return tuple((ctypes.c_void_p * len(a))(*(x.ctypes.data for x in a)) for a in (inputs, outputs))  # type: ignore[return-value]
+
+    def _run(self, inputs: ctypes.Array, outputs: ctypes.Array) -> None:
+        assert self._weights is not None, "the runner is closed"
+        status = self._call(self._weights, inputs, outputs, self._workspace.ctypes.data)
+        if status != 0:
+            raise RunFailed(name=self._model.name, runner=self.name, reason=f"kernel {-status} failed")
