@@ -6,16 +6,19 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from graphopt.arrays import Array, Note, fit_inputs
+from graphopt.arrays import Array, Note, fit_inputs, numpy_dtype
 from graphopt.errors import BundleCorrupt, GraphoptError, NotABundle, OutputInTheWay, WrongInputs
 from graphopt.manifest import MANIFEST, Manifest, check_files, entry_of, read_manifest
 from graphopt.staging import publish_folder, resolved, staged
+
+if TYPE_CHECKING:
+    from graphopt.targets.runner import Runner
 
 
 class Bundle:
@@ -30,7 +33,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._threads = threads
-        self._runner: Any = None
+        self._runner: Executable | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +79,7 @@ class Bundle:
         Raises:
             WrongInputs: a name, shape or dtype does not fit.
             ToolMissing: what the target needs to run here is not installed.
+            RunFailed: the code cannot be loaded, or stopped.
         """
         arrays = fit_inputs(self.name, self.manifest.inputs, inputs, note)
         results = self.runner.run(arrays)
@@ -84,11 +88,19 @@ class Bundle:
         return {spec.name: result for spec, result in zip(self.manifest.outputs, results, strict=True)}
 
     @property
-    def runner(self) -> Any:
+    def runner(self) -> Executable:
         """What runs it on its target, opened at the first use. Raises ToolMissing."""
         if self._runner is None:
             self._runner = open_runner(self.path, self.manifest, threads=self._threads)
         return self._runner
+
+    def time(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
+        """Run on `inputs` for at least `seconds`; the seconds that each run took, by the clock of what runs it.
+
+        Raises:
+            WrongInputs, ToolMissing, RunFailed: as `run`.
+        """
+        return self.runner.time(fit_inputs(self.name, self.manifest.inputs, inputs), seconds)
 
     def close(self) -> None:
         """Let go of the library, the weights and, where there is one, the process that runs it."""
@@ -156,11 +168,6 @@ def new_bundle(output: str | os.PathLike[str]) -> Iterator[Path]:
         publish_folder(stage, output)
 
 
-def temporary_bundle(parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """A folder for a bundle that nobody asked to keep."""
-    return tempfile.TemporaryDirectory(prefix="graphopt-", dir=parent)
-
-
 def keep_while(bundle: Bundle, folder: tempfile.TemporaryDirectory[str]) -> Bundle:
     """Remove `folder` when `bundle` is no longer used."""
     weakref.finalize(bundle, folder.cleanup)
@@ -193,8 +200,42 @@ def check_replaceable(output: str | os.PathLike[str]) -> None:
         raise OutputInTheWay(file=output, what=f"holds {extra[0]}, which is not part of the bundle")
 
 
-def open_runner(path: Path, manifest: Manifest, *, threads: int = 0, runner: str | None = None) -> Any:
-    """What runs the bundle's code. Raises ToolMissing, UnknownTarget."""
+class Executable:
+    """A runner of a bundle's code that takes and gives arrays of the manifest's dtypes."""
+
+    def __init__(self, runner: Runner, manifest: Manifest) -> None:
+        """Use `open_runner`."""
+        self._runner = runner
+        self._manifest = manifest
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """Arrays in the order, shapes and dtypes of the inputs to new ones of the outputs. Raises RunFailed."""
+        results = self._runner.run(self._bits(arrays))
+        pairs = zip(self._manifest.outputs, results, strict=True)
+        return [array.view(numpy_dtype(spec.dtype)) for spec, array in pairs]
+
+    def time(self, arrays: Sequence[Array], seconds: float) -> list[float]:
+        """Run for at least `seconds`, once at least; the seconds of each run. Raises RunFailed."""
+        return self._runner.time(self._bits(arrays), seconds)
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        self._runner.close()
+
+    def _bits(self, arrays: Sequence[Array]) -> list[Array]:
+        # Runners know no bfloat16, as numpy has none: they take and give the bits as integers.
+        pairs = zip(self._manifest.inputs, arrays, strict=True)
+        return [array.view("uint16") if spec.dtype == "bfloat16" else array for spec, array in pairs]
+
+
+def open_runner(path: Path, manifest: Manifest, *, threads: int = 0, runner: str | None = None) -> Executable:
+    """What runs the bundle's code here: `runner` by name, or the first that can.
+
+    Raises:
+        ToolMissing: nothing can; it says what to install.
+        RunFailed: the code cannot be loaded.
+    """
     from graphopt import targets
 
-    return targets.open_runner(path, manifest, threads=threads, runner=runner)
+    opened = targets.open_runner(path, manifest, manifest.target_here(), threads=threads, runner=runner)
+    return Executable(opened, manifest)

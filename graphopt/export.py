@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from graphopt.bundle import Bundle
+from graphopt.program import identifier
 from graphopt.staging import publish_files, resolved, staged
+from graphopt.targets.toolchain import WEIGHTS
 
 Kind = Literal["bundle", "shared", "static", "wasm"]
 
@@ -16,23 +18,41 @@ SUFFIXES: dict[str, Kind] = {".so": "shared", ".a": "static", ".wasm": "wasm"}
 KINDS: dict[str, tuple[Kind, ...]] = {
     "cpu": ("bundle", "shared", "static"),
     "arm": ("bundle", "shared", "static"),
-    "cuda": ("bundle", "shared"),
+    "cuda": ("bundle", "shared", "static"),
     "wasm": ("bundle", "wasm"),
 }
+
+
+def name_for(output: str | os.PathLike[str]) -> str:
+    """What a library is called that goes to `output`: net for libnet.so, web_net for web-net.wasm."""
+    return identifier(_base(Path(output)))
+
+
+def _base(output: Path) -> str:
+    return output.stem.removeprefix("lib") or output.stem
 
 
 def export(bundle: Bundle, output: str | os.PathLike[str], kind: Kind) -> tuple[Path, ...]:
     """Write the bundle's library to `output`, and its header or loader and its weights into the same folder.
 
+    The files beside it are called like it, so that several models can share a folder.
+
     Raises:
         CannotWrite: the file system refuses; nothing is left half-written.
     """
     place = resolved(output)
+    base = _base(place)
     with staged(output) as stage:
         for name in bundle.manifest.files:
-            suffix = Path(name).suffix
+            source, suffix = bundle.path / name, Path(name).suffix
             if SUFFIXES.get(suffix) == kind:
-                shutil.copyfile(bundle.path / name, stage / place.name)
+                shutil.copyfile(source, stage / place.name)
+            elif name == WEIGHTS:
+                shutil.copyfile(source, stage / f"{base}.{WEIGHTS}")
+            elif suffix == ".mjs":
+                text = source.read_text(encoding="utf-8").replace(f"./{WEIGHTS}", f"./{base}.{WEIGHTS}")
+                text = text.replace(f"./{bundle.name}.wasm", f"./{place.name}")
+                (stage / f"{base}.mjs").write_text(text, encoding="utf-8")
             elif suffix not in SUFFIXES:
-                shutil.copyfile(bundle.path / name, stage / name)
+                shutil.copyfile(source, stage / name.replace(bundle.name, base, 1))
         return tuple(publish_files(stage, place.parent))

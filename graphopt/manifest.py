@@ -11,18 +11,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from graphopt.errors import BundleCorrupt, BundleNotFound, BundleTooNew, NotABundle
 from graphopt.program import TensorSpec
 from graphopt.record import Record
 from graphopt.staging import reason_of
+from graphopt.targets.target import AVX2, AVX512, KIB, MIB, NEON, RELAXED_SIMD, SIMD128, SSE4, Kind, Target
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 KIND = "graphopt-bundle"
 # No manifest of a real model comes near; a larger one is not worth the memory that parsing it takes.
 _MAX_BYTES = 64 << 20
+ISAS = {isa.name: isa for isa in (SSE4, AVX2, AVX512, NEON, SIMD128, RELAXED_SIMD)}
+TARGET_FACTS = {"spec", "kind", "isa", "triple", "cpu", "arch", "features"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -70,7 +73,7 @@ class Manifest:
     """Everything a bundle knows about itself."""
 
     name: str
-    target: Mapping[str, str]  # spec, kind, isa, triple, cpu, arch
+    target: Mapping[str, str]  # spec, kind, isa, triple, cpu, arch, features (by LLVM's names, with commas)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     flops: int  # per run, two per multiply-add
@@ -97,6 +100,24 @@ class Manifest:
         """The content of manifest.json."""
         return json.dumps(self.to_json(), sort_keys=True, indent=1) + "\n"
 
+    def target_here(self) -> Target:
+        """The target as it was when the bundle was made: `cpu` stands for another processor on each machine."""
+        facts = self.target
+        return Target(
+            spec=facts["spec"],
+            kind=facts["kind"],  # type: ignore[arg-type]
+            llvm={},
+            zig=facts["triple"],
+            zig_cpu=facts["cpu"],
+            isa=ISAS[facts["isa"]],
+            # Nothing is generated from this one, so its caches do not matter.
+            l1d_bytes=32 * KIB,
+            l2_bytes=MIB,
+            source="a bundle's manifest",
+            arch=facts["arch"],
+            features=tuple(name for name in facts["features"].split(",") if name),
+        )
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         """The inverse of `to_json`. Raises KeyError, TypeError or ValueError where `data` is no manifest."""
@@ -110,13 +131,16 @@ class Manifest:
         # A name such as ../x would reach out of the bundle.
         if strange := [name for name in files if not _FILE_NAME.fullmatch(name)]:
             raise ValueError(f"file name {strange[0]!r}")
+        target = {str(key): _text(value) for key, value in data["target"].items()}
+        if not target.keys() >= TARGET_FACTS or target["isa"] not in ISAS or target["kind"] not in get_args(Kind):
+            raise ValueError(f"target {target}")
         verification = data["verification"]
         runners = tuple(map(_text, verification["runners"]))
         return cls(
             **{
                 **fields,
                 "name": _text(data["name"]),
-                "target": {str(key): _text(value) for key, value in data["target"].items()},
+                "target": target,
                 "kernels": tuple(map(dict, data["kernels"])),
                 "declined": tuple(map(dict, data["declined"])),
                 "records": tuple(map(Record.from_json, data["records"])),

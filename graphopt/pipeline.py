@@ -15,7 +15,7 @@ from graphopt.bundle import Bundle, check_replaceable, keep_while, load, new_bun
 from graphopt.capture import capture
 from graphopt.cost import summary
 from graphopt.errors import BadOption, CannotWrite, OutputInTheWay
-from graphopt.export import KINDS, SUFFIXES, Kind, export
+from graphopt.export import KINDS, SUFFIXES, Kind, export, name_for
 from graphopt.manifest import NOT_VERIFIED, Manifest, Verification, versions
 from graphopt.program import Program
 from graphopt.staging import reason_of, resolved
@@ -52,6 +52,13 @@ class Options:
     def kind(self) -> Kind:
         """What is written, by the suffix of the output."""
         return "bundle" if self.output is None else SUFFIXES.get(Path(self.output).suffix, "bundle")
+
+    @property
+    def name_wanted(self) -> str | None:
+        """The name that was asked for; that of a library's file, since C symbols and file names should agree."""
+        if self.name is None and self.output is not None and self.kind != "bundle":
+            return name_for(self.output)
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -225,7 +232,8 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
         f"canonicalise: {', '.join(CANONICALISE)}" if options.canonicalise else "canonicalise: left out",
         f"lower for {target} ({target.isa.name}, {target.isa.vector_bits} bits)",
         f"link for {target.zig}",
-        f"verify: run {len(samples)} of the {samples[0].origin} with {', '.join(runners)}, compare with PyTorch"
+        f"verify: run on {len(samples)} {samples[0].origin} with {' and '.join(runners) or 'nothing that is installed'}, "
+        "compare with PyTorch"
         if options.verify
         else "verify: left out, and the manifest says so",
         f"write {options.kind} {options.output}" if options.output is not None else "keep a temporary bundle",
@@ -244,14 +252,14 @@ def _captured(source: Any, options: Options) -> Program:
                 what="a Program brings its own inputs, and others were given",
                 way_out="give example inputs to `capture`, or compile the module instead of the Program",
             )
-        return source.replace(name=options.name) if options.name else source
+        return source.replace(name=options.name_wanted) if options.name_wanted else source
     return capture(
         source,
         options.example_inputs,
         input_shapes=options.input_shapes,
         model_factory=options.model_factory,
         unsafe_load=options.unsafe_load,
-        name=options.name,
+        name=options.name_wanted,
     )
 
 
@@ -298,9 +306,11 @@ def _verified(
 
     with ExitStack() as stack:
         runners: dict[str, Run] = {}
-        for name in targets.runners_of(target):
+        # Where nothing can run it, opening whatever comes first says what to install.
+        for name in targets.runners_of(target) or (None,):
             runner = stack.enter_context(closing(open_runner(stage, manifest, runner=name)))
-            runners[name] = runner.run
+            runners[name or "unknown"] = runner.run
+        step(f"verifying with {', '.join(runners)}")
         return verify(program, manifest.name, runners, samples)
 
 
@@ -316,6 +326,7 @@ def describe(program: Program, artefact: Artefact, target: Target) -> Manifest:
             "triple": target.zig,
             "cpu": target.zig_cpu,
             "arch": target.arch,
+            "features": ",".join(target.features),
         },
         inputs=artefact.inputs,
         outputs=artefact.outputs,

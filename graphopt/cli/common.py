@@ -74,7 +74,8 @@ class Output:
     def working(self, text: str) -> Iterator[None]:
         """Show that work goes on: a spinner on a terminal, else a line per step with --verbose.
 
-        Log records of graphopt become notes; those of PyTorch and others are left out unless --verbose is given.
+        Log records of graphopt become notes. Warnings of PyTorch about its own inner workings are left out: nobody who
+        compiles a model can do anything about them.
         """
         handler = _Notes(self)
         logger = logging.getLogger("graphopt")
@@ -82,8 +83,7 @@ class Output:
         propagated, logger.propagate = logger.propagate, False
         try:
             with warnings.catch_warnings():
-                if not self.verbose:
-                    warnings.simplefilter("ignore")
+                warnings.simplefilter("ignore")
                 if self.verbose or self.quiet or not sys.stderr.isatty():
                     self.step(text)
                     yield

@@ -1,11 +1,18 @@
-"""Small models in every kind of file."""
+"""Small models in every kind of file, and a bundle of one, made once per test run."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import graphopt
+from graphopt.bundle import Bundle
+from graphopt.cli import run
 from tests.graphopt.small import Net, X
+from tests.graphopt.two_outputs import small, small_inputs
 
 
 @pytest.fixture(scope="package")
@@ -24,3 +31,30 @@ def files(tmp_path_factory):
     torch.save([1, 2], folder / "list.pt")
     torch.jit.save(torch.jit.trace(net, X), folder / "script.pt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """small.pt2 with example inputs."""
+    path = tmp_path_factory.mktemp("model") / "small.pt2"
+    torch.export.save(torch.export.export(small(), small_inputs()), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_bundle(model_file: Path) -> Bundle:
+    """The model compiled for this machine, beside its file."""
+    return graphopt.compile(model_file, output=model_file.with_suffix(".bundle"))
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Carry out a command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call

@@ -40,7 +40,7 @@ def manifest(**changes: object) -> Manifest:
     """That of a small made-up model."""
     made = Manifest(
         name="net",
-        target={"spec": "cpu", "kind": "cpu", "isa": "avx2", "triple": "t", "cpu": "c", "arch": ""},
+        target={"spec": "cpu", "kind": "cpu", "isa": "avx2", "triple": "t", "cpu": "c", "arch": "", "features": "avx2,fma"},
         inputs=(X, IDS),
         outputs=(TensorSpec("y", (2, 3), "float32"),),
         flops=12,
@@ -178,6 +178,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
         (lambda data: data.update(files={"../../x": {"bytes": 1, "sha256": ""}}), BundleCorrupt),
         (lambda data: data.update(verification=None), BundleCorrupt),
         (lambda data: data.update(records=[{}]), BundleCorrupt),
+        (lambda data: data["target"].update(isa="sve9"), BundleCorrupt),
     ],
 )
 def test_strange_manifests_are_refused(tmp_path: Path, change: object, error: type[Exception]) -> None:
