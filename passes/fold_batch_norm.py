@@ -162,10 +162,10 @@ def _set_weights(edit: Edit, layer: Node, weight: Tensor, bias: Tensor) -> None:
     previous = _bias(layer)
     name = f"{base.removesuffix('weight')}bias"
     node = edit.add_tensor(name, bias, parameter=True) if previous is None else _tensor_node(edit, previous, bias, name)
-    if len(layer.args) > 2:
-        layer.update_arg(2, node)
-    else:
+    if "bias" in layer.kwargs:
         layer.update_kwarg("bias", node)
+    else:
+        layer.args = (*layer.args[:2], node, *layer.args[3:])
 
 
 def _tensor_node(edit: Edit, old: object, value: Tensor, name: str) -> Node:

@@ -111,7 +111,7 @@ def _argument(node: Node, place: int, name: str, default: object) -> object:
 
 
 def _not_training(node: Node) -> bool:
-    return _argument(node, 2, "train", True) is False or _argument(node, 1, "p", None) == 0.0
+    return _argument(node, 2, "train", True) is False or bool(_argument(node, 1, "p", None) == 0.0)
 
 
 def _strided(node: Node) -> bool:
@@ -146,16 +146,16 @@ def _all_zero(place: int, name: str) -> Callable[[Node], bool]:
 def _adds_zero(node: Node) -> bool:
     # -0.0 + 0 is 0.0: a sign that no reader of the result can tell except through division by it.
     other = node.args[1]
-    return isinstance(other, (int, float)) and not isinstance(other, bool) and other == 0
+    return type(other) in (int, float) and other == 0
 
 
 def _scales_by_one(node: Node) -> bool:
     other = node.args[1]
-    return isinstance(other, (int, float)) and not isinstance(other, bool) and other == 1
+    return type(other) in (int, float) and other == 1
 
 
 def _exponent_one(node: Node) -> bool:
-    return node.args[1] == 1
+    return type(node.args[1]) in (int, float) and node.args[1] == 1
 
 
 _IDENTITIES: dict[str, Callable[[Node], bool]] = {

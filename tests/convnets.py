@@ -16,9 +16,10 @@ def conv_bn(i: int, o: int, kernel: int, stride: int = 1, groups: int = 1, act: 
 class MobileNetV1(nn.Module):
     """Howard et al., arXiv:1704.04861: depthwise and pointwise convolutions in turn."""
 
-    def __init__(self, width: float = 1.0, classes: int = 1000) -> None:
+    def __init__(self, width: float = 1.0, classes: int = 1000, blocks: int = 13) -> None:
         super().__init__()
         plan = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)] + [(512, 1)] * 5 + [(1024, 2), (1024, 1)]
+        plan = plan[:blocks]
         channels = int(32 * width)
         layers = [conv_bn(3, channels, 3, 2, act=nn.ReLU6)]
         for o, stride in plan:
@@ -51,7 +52,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Sandler et al., arXiv:1801.04381: inverted residuals with linear bottlenecks."""
 
-    def __init__(self, width: float = 1.0, classes: int = 1000) -> None:
+    def __init__(self, width: float = 1.0, classes: int = 1000, stages: int = 7) -> None:
         super().__init__()
         plan = [
             (1, 16, 1, 1),
@@ -64,7 +65,7 @@ class MobileNetV2(nn.Module):
         ]
         channels = int(32 * width)
         layers: list[nn.Module] = [conv_bn(3, channels, 3, 2, act=nn.ReLU6)]
-        for expand, o, count, stride in plan:
+        for expand, o, count, stride in plan[:stages]:
             for place in range(count):
                 layers.append(InvertedResidual(channels, int(o * width), stride if place == 0 else 1, expand))
                 channels = int(o * width)

@@ -81,8 +81,8 @@ ZOO: dict[str, Callable[[], Built]] = _table(
 
 TINY: dict[str, Callable[[], Built]] = _table(
     {
-        "mobilenet_v1": (lambda: MobileNetV1(0.25, 10), lambda: _image(64)),
-        "mobilenet_v2": (lambda: MobileNetV2(0.25, 10), lambda: _image(64)),
+        "mobilenet_v1": (lambda: MobileNetV1(0.25, 10, 5), lambda: _image(64)),
+        "mobilenet_v2": (lambda: MobileNetV2(0.25, 10, 3), lambda: _image(64)),
         "resnet18": (lambda: ResNet(Basic, [1, 1, 1, 1], 8, 10), lambda: _image(64)),
         "resnet50": (lambda: ResNet(Bottleneck, [1, 2, 1, 1], 8, 10), lambda: _image(64)),
         "unet": (lambda: UNet(8, 2), lambda: _image(32)),

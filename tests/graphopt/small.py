@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -35,3 +37,22 @@ def no_module() -> int:
 
 
 X = torch.arange(6.0).view(2, 3)
+
+
+def write_files(folder: Path) -> Path:
+    """One small model in every kind of file, written once per test run. Returns the folder."""
+    if folder.exists():
+        return folder
+    folder.mkdir()
+    torch.manual_seed(0)
+    net = Net().eval()
+    torch.export.save(torch.export.export(net, (X,)), folder / "net.pt2")
+    (folder / "exported.pt").write_bytes((folder / "net.pt2").read_bytes())
+    torch.save(net, folder / "module.pt")
+    torch.save(net.state_dict(), folder / "weights.pt")
+    torch.save({"epoch": 3, "state_dict": net.state_dict()}, folder / "checkpoint.pth")
+    torch.save(net.state_dict(), folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(net, folder / "legacy_module.pt", _use_new_zipfile_serialization=False)
+    torch.save([1, 2], folder / "list.pt")
+    torch.jit.save(torch.jit.trace(net, X), folder / "script.pt")
+    return folder

@@ -21,8 +21,15 @@ from graphopt.errors import (
     WrongInputs,
 )
 from graphopt.program import TensorSpec
-from tests.graphopt.small import Net, Words, X
+from tests.graphopt.small import Net, Words, X, write_files
 from tests.programs import ops
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with one small model in every kind of file."""
+    return write_files(tmp_path_factory.getbasetemp() / "files")
+
 
 # Modules -------------------------------------------------------------------------------------------------------------
 

@@ -25,9 +25,15 @@ from graphopt.errors import (
     UnsafeModel,
     UnsupportedFormat,
 )
-from tests.graphopt.small import X
+from tests.graphopt.small import X, write_files
 
 FACTORY = "tests.graphopt.small:Net"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with one small model in every kind of file."""
+    return write_files(tmp_path_factory.getbasetemp() / "files")
 
 
 def test_missing_directory_and_unreadable(tmp_path):
