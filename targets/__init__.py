@@ -96,7 +96,7 @@ def _near(family: str, name: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-# Running and what it takes ----------------------------------------------------------------------------------------------
+# Running and what it takes ------------------------------------------------------------------------------------------
 
 
 def open_runner(

@@ -71,8 +71,7 @@ def x86(spec: str, processor: str, features: tuple[str, ...], *, l1d_bytes: int,
         kind="cpu",
         llvm={"kind": "llvm", "mtriple": X86_64, "mcpu": processor, "mattr": switches},
         zig=f"{X86_64}.{GLIBC}",
-        # The entry and the runtime are scalar code. The toolchain builds its own library anew for every processor, which
-        # takes ten seconds, so all share one.
+        # For the entry and the runtime: one for all, as the toolchain builds its own library anew for every processor.
         zig_cpu="x86_64",
         isa=isa,
         l1d_bytes=l1d_bytes,

@@ -83,7 +83,7 @@ class Runner:
             arrays[-1][...] = array
         outputs = [aligned_array(spec.shape, array_dtype(spec)) for spec in self._model.outputs]
         pointers = self._pointers(arrays, outputs)
-        taken = []
+        taken: list[float] = []
         end = time.perf_counter() + seconds
         while not taken or time.perf_counter() < end:
             start = time.perf_counter()

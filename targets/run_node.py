@@ -46,7 +46,7 @@ def why_not(target: Target) -> str:
 
 
 class Runner:
-    """A Node process with one instance of the model. Inputs and outputs go through files in memory where there is room."""
+    """A Node process with one instance of the model. Inputs and outputs go through files."""
 
     name = "node"
 

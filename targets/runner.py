@@ -103,7 +103,8 @@ def dense(specs: Sequence[TensorSpec], inputs: Sequence[np.ndarray]) -> list[np.
     """The inputs as dense row-major arrays, without a copy where they are. They fit, or it is the caller's fault."""
     assert len(specs) == len(inputs), f"{len(inputs)} inputs for {len(specs)}"
     for spec, array in zip(specs, inputs, strict=True):
-        assert array.shape == spec.shape and array.dtype == array_dtype(spec), f"{array.dtype}{array.shape} for {spec}"
+        fits = array.shape == spec.shape and array.dtype == array_dtype(spec)
+        assert fits, f"{array.dtype}{array.shape} for {spec}"
     return [np.ascontiguousarray(array).reshape(array.shape) for array in inputs]
 
 
