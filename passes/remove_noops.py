@@ -143,19 +143,22 @@ def _all_zero(place: int, name: str) -> Callable[[Node], bool]:
     return rule
 
 
+def _is_number(value: object, wanted: int) -> bool:
+    """Whether a value is a number of Python's, no truth value, and equal to `wanted`."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == wanted
+
+
 def _adds_zero(node: Node) -> bool:
     # -0.0 + 0 is 0.0: a sign that no reader of the result can tell except through division by it.
-    other = node.args[1]
-    return type(other) in (int, float) and other == 0
+    return _is_number(node.args[1], 0)
 
 
 def _scales_by_one(node: Node) -> bool:
-    other = node.args[1]
-    return type(other) in (int, float) and other == 1
+    return _is_number(node.args[1], 1)
 
 
 def _exponent_one(node: Node) -> bool:
-    return type(node.args[1]) in (int, float) and node.args[1] == 1
+    return _is_number(node.args[1], 1)
 
 
 _IDENTITIES: dict[str, Callable[[Node], bool]] = {
