@@ -47,3 +47,4 @@ class Artefact:
     workspace_bytes: int
     kernels: tuple[KernelInfo, ...]
     declined: tuple[Decline, ...] = ()  # templates that looked and did not apply
+    files: Mapping[str, bytes] = field(default_factory=dict)  # what else belongs into the bundle, as it is

@@ -30,17 +30,22 @@ def _silent(*_: str) -> None:
 def compile_program(
     program: Program, target: Target, *, dump: Dump = _silent, progress: Progress = _silent
 ) -> Artefact:
-    """Lower a program for a processor target; nothing is written but temporary files.
+    """Lower a program; nothing is written but temporary files.
 
     Args:
         program: static shapes.
-        target: cpu, arm or wasm.
+        target: any.
         dump: called after every phase with the program as text.
         progress: called before every phase.
 
     Raises:
         UnsupportedOp: an operator that neither a template nor TVM can express, with its place.
     """
+    if target.kind == "cuda":
+        # Imported here: what it needs of NVIDIA's is an extra.
+        from graphopt.codegen.cuda.lower import compile_program as compile_for_gpu
+
+        return compile_for_gpu(program, target, dump=dump, progress=progress)
     progress("importing")
     module = prepare(program, target)
     dump("relax.py", module.script())

@@ -134,7 +134,7 @@ _BUILDING: dict[Kind, tuple[tuple[str, str], ...]] = {
     "cpu": (),
     "arm": (),
     "wasm": (),
-    "cuda": (("nvidia.cu13", "nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt"),),
+    "cuda": (("nvidia.cu13", "'graphopt[cuda]'"),),
 }
 
 

@@ -84,7 +84,6 @@ def _named(arch: str) -> Target:
         source=gpu.source,
         threads=False,
         arch=arch,
-        features=("fp16", "bf16") if gpu.bf16 else ("fp16",),
     )
 
 

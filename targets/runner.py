@@ -57,7 +57,7 @@ RUNNERS: dict[Kind, tuple[str, ...]] = {
     "cpu": ("native",),
     "arm": ("native", "qemu"),
     "wasm": ("node", "wasmtime"),
-    "cuda": ("cuda",),
+    "cuda": ("cuda", "emulated_gpu"),
 }
 
 

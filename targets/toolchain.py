@@ -1,6 +1,6 @@
 """From an artefact to files that run: compile its C, add the runtime, link, and put weights and header beside it.
 
-    cpu, arm, cuda    libNAME.so, libNAME.a, NAME.h, weights.bin
+    cpu, arm, cuda    libNAME.so, libNAME.a, NAME.h, weights.bin; cuda also NAME.cubin, NAME.ptx, NAME.cu
     wasm              NAME.wasm, NAME.mjs, NAME.d.ts, weights.bin
 
 Everything is compiled under relative names in a folder of its own, so equal artefacts give equal bytes.
@@ -30,7 +30,7 @@ PARTS: dict[Kind, tuple[str, ...]] = {"cpu": ("so", "a"), "arm": ("so", "a"), "w
 _RUNTIME: dict[Kind, tuple[str, ...]] = {
     "cpu": ("threads.c", "weights.c", "kernel_support.c"),
     "arm": ("threads.c", "weights.c", "kernel_support.c"),
-    "cuda": ("threads.c", "weights.c", "kernel_support.c"),
+    "cuda": ("weights.c",),
     "wasm": ("kernel_support.c",),
 }
 _COMPILE = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]
@@ -77,12 +77,16 @@ def link(artefact: Artefact, target: Target, kind: str, folder: Path) -> dict[st
             made = _elf(artefact, target, parts, place)
             made["header"] = (f"{name}.h", artefact.sources[f"{name}.h"].encode())
     made["weights"] = (WEIGHTS, artefact.weights)
+    if kind == "bundle":
+        made |= {file: (file, content) for file, content in artefact.files.items()}
     return {part: _write(folder / file, content) for part, (file, content) in made.items()}
 
 
 def is_public(name: str) -> Callable[[str], bool]:
     """Whether a symbol belongs to the interface of the model `name`."""
     functions = ("run", "workspace_bytes", "weights_bytes", "set_threads", "map_weights", "unmap_weights")
+    # The last four are those of a library for the GPU.
+    functions += ("load", "unload", "run_device", "error")
     return {f"{name}_{function}" for function in functions}.__contains__
 
 

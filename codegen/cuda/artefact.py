@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,13 +42,13 @@ class OutputCopy:
 class CudaArtefact(Artefact):
     """An artefact for a GPU. `workspace_bytes` is the arena in device memory; `objects` is empty.
 
+    `files` are the kernels to look at, NAME.cubin, NAME.ptx and NAME.cu; the last is also what the emulator runs.
     `sources` hold the complete library in C (NAME.c, NAME.h, images.c, and the launcher's own files): compile all .c
     files and link them into one shared library with -ldl. The interface is described in `launcher.py`.
     """
 
     arch: str = ""
     cuda_source: str = ""
-    images: Mapping[str, bytes] = None  # type: ignore[assignment]  # file name to content: NAME.cubin, NAME.ptx
     launches: tuple[KernelLaunch, ...] = ()
     copies: tuple[OutputCopy, ...] = ()
     input_bytes: tuple[int, ...] = ()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
-import sys
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from graphopt.codegen.cuda.artefact import CudaArtefact, KernelLaunch
-from graphopt.errors import ToolMissing
+from graphopt.errors import LinkFailed
+from graphopt.targets.zig import zig
 
 HEADERS = Path(__file__).parent / "emulation"
 FORWARD, REVERSE, SHUFFLED = 0, 1, 2
@@ -63,7 +63,10 @@ def host_source(source: str) -> str:
             "a, order);\n}\n"
         )
     error = 'extern "C" const char *emulated_error(void) { return simt::message; }\n'
-    return "".join(pieces) + "\n" + "".join(calls) + error
+    rows = "".join(f'  {{"{kernel[1]}", emulated_{kernel[1]}}},\n' for kernel in kernels)
+    table = f'extern "C" const driver::Kernel emulated_kernels[] = {{\n{rows}  {{nullptr, nullptr}}}};\n'
+    driver = f'#include "driver.h"\n{table}'
+    return "".join(pieces) + "\n" + "".join(calls) + error + driver
 
 
 def _place_shared(text: str) -> tuple[str, int]:
@@ -83,30 +86,30 @@ def _place_shared(text: str) -> tuple[str, int]:
 
 
 def build(source: str, output: Path) -> None:
-    """Compile CUDA C for this machine into the shared library `output`, with the interface of `host_source`.
+    """Compile CUDA C for this machine into the shared library `output`: a driver that knows these kernels.
+
+    It has the functions of `host_source` and those of libcuda.so.1 that the launcher needs (`emulation/driver.h`).
 
     Raises:
         ToolMissing: zig is not installed.
         EmulationFailed: the source uses something that the emulation does not have.
     """
-    try:
-        import ziglang  # noqa: F401
-    except ImportError as error:
-        way_out = "pip install ziglang"
-        raise ToolMissing(tool="zig", purpose="check CUDA kernels on the CPU", install=way_out) from error
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "kernels.cc"
-        text.write_text(host_source(source))
-        command = [
-            *(sys.executable, "-m", "ziglang", "cc", "-x", "c++", "-std=c++17", "-O2", "-w", "-mcpu=native"),
-            # Contraction as nvcc does it; no undefined-behaviour traps, which zig adds by default.
+    with tempfile.TemporaryDirectory(prefix="graphopt-emulate-") as folder:
+        place = Path(folder)
+        shutil.copytree(HEADERS, place / "emulation")
+        (place / "kernels.cc").write_text(host_source(source), encoding="utf-8")
+        arguments = [
+            *("cc", "-x", "c++", "-std=c++17", "-O2", "-w", "-mcpu=native"),
+            # Contraction as nvcc does it; none of the traps that zig adds by default.
             *("-ffp-contract=fast", "-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing"),
-            *("-nostdinc++", f"-I{HEADERS}", "-include", "simt.h", "-D__CUDA_ARCH__=900", "-fPIC", "-shared"),
-            *(str(text), "-lm", "-o", str(output)),
+            *("-fno-threadsafe-statics", "-nostdinc++", "-Iemulation", "-include", "simt.h", "-D__CUDA_ARCH__=900"),
+            *("-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "kernels.cc", "-lm", "-o", "kernels.so"),
         ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise EmulationFailed(f"the kernels do not compile for the CPU:\n{result.stderr[:4000]}")
+        try:
+            zig(arguments, place, name="the kernels", target="the CPU", purpose="check CUDA kernels")
+        except LinkFailed as error:
+            raise EmulationFailed(f"the kernels do not compile for the CPU: {error.fields['reason']}") from error
+        shutil.copyfile(place / "kernels.so", output)
 
 
 class Emulator:

@@ -8,6 +8,7 @@ from tvm.tirx import PrimFunc
 
 from graphopt.codegen.artefact import KernelInfo
 from graphopt.codegen.cuda.artefact import CudaArtefact, KernelLaunch, OutputCopy, Place
+from graphopt.codegen.cuda.attention import split_attention
 from graphopt.codegen.cuda.kernels import Launch, generate
 from graphopt.codegen.cuda.launcher import write_sources
 from graphopt.codegen.cuda.nvrtc import compile_cuda
@@ -44,7 +45,7 @@ def compile_program(
     module = prepare(program, target)
     dump("relax.py", module.script())
     progress("legalising")
-    module = legalise(module)
+    module = legalise(split_attention(module))
     dump("lowered.py", module.script())
 
     progress("scheduling")
@@ -84,7 +85,11 @@ def compile_program(
         kernels=tuple(KernelInfo(symbols[s.kernel], f"tvm-{rules[s.kernel]}", s.kernel) for s in steps.steps),
         arch=target.arch,
         cuda_source=generated.source,
-        images={f"{program.name}.cubin": image.cubin, f"{program.name}.ptx": image.ptx.encode()},
+        files={
+            f"{program.name}.cubin": image.cubin,
+            f"{program.name}.ptx": image.ptx.encode(),
+            f"{program.name}.cu": generated.source.encode(),
+        },
         launches=launches,
         copies=copies,
         input_bytes=nbytes[0],

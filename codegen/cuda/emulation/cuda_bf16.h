@@ -8,8 +8,8 @@ struct nv_bfloat16 {
     memcpy(&word, &value, 4);
     bits = value != value ? (uint16_t)(word >> 16 | 64) : (uint16_t)((word + 0x7FFF + (word >> 16 & 1)) >> 16);
   }
-  nv_bfloat16(double value) : nv_bfloat16((float)value) {}
-  nv_bfloat16(int value) : nv_bfloat16((float)value) {}
+  /* Through float, so that integers and doubles are rounded twice, as CUDA's conversions are not for large values. */
+  template <class Number> nv_bfloat16(Number value) : nv_bfloat16((float)value) {}
   operator float() const {
     uint32_t word = (uint32_t)bits << 16;
     float value;
@@ -18,7 +18,25 @@ struct nv_bfloat16 {
   }
 };
 typedef nv_bfloat16 __nv_bfloat16;
-struct alignas(4) nv_bfloat162 { nv_bfloat16 x, y; };
+/* As in CUDA, operations of two bfloat16 values round to bfloat16. */
+#define SIMT_BF16_OPERATOR(op, result) \
+  static inline result operator op(nv_bfloat16 a, nv_bfloat16 b) { return result((float)a op(float) b); }
+SIMT_BF16_OPERATOR(+, nv_bfloat16)
+SIMT_BF16_OPERATOR(-, nv_bfloat16)
+SIMT_BF16_OPERATOR(*, nv_bfloat16)
+SIMT_BF16_OPERATOR(/, nv_bfloat16)
+SIMT_BF16_OPERATOR(<, bool)
+SIMT_BF16_OPERATOR(>, bool)
+SIMT_BF16_OPERATOR(<=, bool)
+SIMT_BF16_OPERATOR(>=, bool)
+SIMT_BF16_OPERATOR(==, bool)
+SIMT_BF16_OPERATOR(!=, bool)
+static inline nv_bfloat16 operator-(nv_bfloat16 a) { return nv_bfloat16(-(float)a); }
+struct alignas(4) nv_bfloat162 {
+  nv_bfloat16 x, y;
+  nv_bfloat162() = default;
+  nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}
+};
 typedef nv_bfloat162 __nv_bfloat162;
 static inline nv_bfloat162 make_bfloat162(nv_bfloat16 x, nv_bfloat16 y) { return {x, y}; }
 static inline float __bfloat162float(nv_bfloat16 x) { return x; }
