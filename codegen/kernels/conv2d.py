@@ -198,10 +198,11 @@ def build(conv: Conv, target: Target) -> PrimFunc:
         params.append(("scratch", g.batch * rows * row, conv.dtype))
 
     def a_offset(r: Expr) -> Expr:
-        x = tirx.floormod(r, width)
-        y = tirx.floormod(tirx.floordiv(r, width), height)
-        b = tirx.floordiv(r, width * height) if g.batch > 1 else 0
-        pixel = b * (rows * row) + y * (row * g.strides[0]) + x * (g.channels * g.strides[1])
+        # Rows are never negative; saying so in the operators saves their corrections.
+        line = T.Bind(tirx.truncdiv(r, width))
+        pixel = line * (row * g.strides[0]) + (r - line * width) * (g.channels * g.strides[1])
+        if g.batch > 1:
+            pixel = pixel + tirx.truncdiv(line, height) * ((rows - height * g.strides[0]) * row)
         return T.Bind(pixel + group[0] * (g.channels // conv.groups))
 
     group: list[Expr] = [0]

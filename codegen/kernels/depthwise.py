@@ -23,7 +23,7 @@ from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, accumulator, 
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.gemm import SHORT
 from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
+from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, registers
 from graphopt.targets.target import Isa, Target
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
@@ -50,7 +50,7 @@ class Depthwise:
 
 def strip_length(width: int, g: Window, isa: Isa) -> int:
     """Results per strip: accumulators, one kernel row and an input vector in registers, and few strips per row."""
-    room = isa.vector_registers - 1 - min(g.kernel[1], isa.vector_registers // 4) - (0 if isa.has_fma else 1)
+    room = registers(isa) - 1 - min(g.kernel[1], registers(isa) // 4) - (0 if isa.has_fma else 1)
     longest = max(1, min(room, 12, width))
     loads = g.kernel[1]
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import ml_dtypes
 import numpy as np
 import pytest
+from graphopt.codegen.kernels.epilogue import absorb
 from graphopt.codegen.kernels.gemm import Gemm
-from graphopt.codegen.kernels.tile import pack, tiles
+from graphopt.codegen.kernels.template import KernelCall
+from graphopt.codegen.kernels.tile import best_tile, pack, registers, tiles
 from hypothesis import given
 from hypothesis import strategies as st
 from tvm import relax
 
 from graphopt.errors import Decline
 from tests.codegen.kernels.dense import QUICK, TAILS, check, linear, product
-from tests.codegen.kernels.harness import ARM, HOST, WASM, match, relax_main
+from tests.codegen.kernels.harness import ARM, HOST, WASM, Library, aligned, match, relax_main
 
 SIZES = st.tuples(
     st.integers(1, 40), st.integers(1, 70), st.one_of(st.integers(1, 50), st.sampled_from([1, 10, 64, 100])),
@@ -90,4 +96,43 @@ def test_no_tile_exceeds_the_registers():
     for target in (HOST, ARM, WASM):
         for tile in tiles(64, 64, target.isa):
             used = tile.mr * tile.vectors + (tile.vectors if tile.mr > 1 else 0) + 1
-            assert used <= target.isa.vector_registers
+            assert used <= registers(target.isa)
+
+
+def test_rows_share_what_is_loaded():
+    """Many rows never get a tile of one row, which would load W once for each; one row gets a wide tile."""
+    for target in (HOST, ARM, WASM):
+        for m in (49, 128, 196, 3136):
+            assert best_tile(m, 512, target.isa).mr >= 3
+        assert best_tile(1, 1000, target.isa).vectors >= 5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_floats(dtype):
+    """16-bit floats are summed in float32 and rounded once."""
+    rng = np.random.default_rng(0)
+    kind = np.dtype(getattr(ml_dtypes, dtype)) if dtype == "bfloat16" else np.dtype(dtype)
+    a, w, bias = (rng.standard_normal(s).astype(kind) for s in ((7, 40), (40, 21), (21,)))
+    x = relax.Var("x", relax.TensorType(a.shape, dtype))
+
+    def emit(b: relax.BlockBuilder) -> relax.Expr:
+        y = b.emit(relax.op.matmul(x, relax.const(w, dtype)))
+        return b.emit(relax.op.nn.relu(b.emit(relax.op.add(y, relax.const(bias, dtype)))))
+
+    call = match(relax_main(emit, [x]), Gemm())
+    assert isinstance(call, KernelCall)
+    out = aligned(np.zeros((7, 21), kind))
+    with TemporaryDirectory() as folder:
+        Library({"k": call.kernel}, Path(folder))("k", aligned(a), *(aligned(c) for c in call.constants), out)
+    expected = np.maximum(a.astype(np.float64) @ w.astype(np.float64) + bias.astype(np.float64), 0)
+    bits = {"float16": 11, "bfloat16": 8, "float64": 50}[dtype]
+    np.testing.assert_allclose(out.astype(np.float64), expected, rtol=2.0 ** -(bits - 1), atol=2.0**-bits)
+
+
+def test_reference_is_the_kernel():
+    """The reference of the template, tail included, is what the kernel computes."""
+    case = linear((6, 12), 20, "residual_relu", Gemm())
+    after = absorb(case.flow, case.flow.bindings[0].var)
+    weight = case.flow.constant(case.flow.bindings[0].value.args[1])
+    out = Gemm().reference(case.inputs[0], weight, after.epilogue, [case.inputs[1]])
+    np.testing.assert_allclose(out, case.expected, rtol=1e-6, atol=1e-6)
