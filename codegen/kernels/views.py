@@ -249,11 +249,15 @@ def written_as(flow: Dataflow, var: relax.Var, seen: relax.Var, shape: tuple[int
         (extent, own) = factors[0]
         parts: list[tuple[int, int]] = []
         while extent > 1:
-            if own not in at or extent % at[own][0]:
+            start = next((o for o, (size, _) in at.items() if o <= own < o * size and own % o == 0), None)
+            if start is None:
                 return None
-            size, to = at[own]
-            parts.insert(0, (size, to))
-            own, extent = own * size, extent // size
+            size, to = at[start]
+            taken = min(extent, start * size // own)
+            if extent % taken:
+                return None
+            parts.insert(0, (taken, to * (own // start)))
+            own, extent = own * taken, extent // taken
         merged = _merge(tuple(parts))
         if len(merged) != 1:
             return None
