@@ -1,4 +1,4 @@
-"""Run a CUDA library without a GPU: the library itself, on a driver whose kernels are the emitted CUDA C built for the CPU.
+"""Run a CUDA library without a GPU: the library itself, on a driver whose kernels are its CUDA C built for the CPU.
 
 So the launches, their arguments, the memory plan and the kernels' arithmetic are the ones of the GPU; what stays
 unchecked is the driver, ptxas, and anything about time. It runs in a process of its own, so that no real driver is in
@@ -100,8 +100,8 @@ class Runner:
             for i, array in enumerate(arrays):
                 (place / f"in{i}").write_bytes(array.tobytes())
             sizes = [str(spec_bytes(spec)) for spec in self._model.outputs]
-            library, weights = self._bundle / f"lib{name}.so", self._bundle / "weights.bin"
-            command = [sys.executable, "-S", str(CHILD), str(library), name, str(weights), work, str(len(arrays)), *sizes]
+            where = [str(self._bundle / f"lib{name}.so"), name, str(self._bundle / "weights.bin"), work]
+            command = [sys.executable, "-S", str(CHILD), *where, str(len(arrays)), *sizes]
             environment = {
                 **os.environ,
                 "LD_LIBRARY_PATH": self._folder.name,

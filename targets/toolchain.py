@@ -84,9 +84,9 @@ def link(artefact: Artefact, target: Target, kind: str, folder: Path) -> dict[st
 
 def is_public(name: str) -> Callable[[str], bool]:
     """Whether a symbol belongs to the interface of the model `name`."""
-    functions = ("run", "workspace_bytes", "weights_bytes", "set_threads", "map_weights", "unmap_weights")
+    functions = ["run", "workspace_bytes", "weights_bytes", "set_threads", "map_weights", "unmap_weights"]
     # The last four are those of a library for the GPU.
-    functions += ("load", "unload", "run_device", "error")
+    functions += ["load", "unload", "run_device", "error"]
     return {f"{name}_{function}" for function in functions}.__contains__
 
 

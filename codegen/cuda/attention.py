@@ -1,8 +1,8 @@
 """Attention as two products and a softmax, each of which has a good thread mapping; TVM's own lowering has none.
 
-    S[b, h, i, j] = scale * sum_d Q[b, i, h, d] * K[b, j, h, d] + bias        (float32)
-    P = softmax over j of S, -inf where a causal mask hides j
-    O[b, i, h, d] = sum_j P[b, h, i, j] * V[b, j, h, d]                       (float32 sums)
+S[b, h, i, j] = scale * sum_d Q[b, i, h, d] * K[b, j, h, d] + bias        (float32)
+P = softmax over j of S, -inf where a causal mask hides j
+O[b, i, h, d] = sum_j P[b, h, i, j] * V[b, j, h, d]                       (float32 sums)
 """
 
 from __future__ import annotations

@@ -42,8 +42,10 @@ class EmulationFailed(Exception):
 def host_source(source: str) -> str:
     """CUDA C as C++ for the host, with one C function per kernel.
 
-    int32_t emulated_NAME(const uint32_t geometry[7], void **arguments, uint32_t order): grid x, y, z, block x, y, z and
-    bytes of dynamic shared memory; pointers to the arguments as cuLaunchKernel takes them. 0, or emulated_error() tells.
+        int32_t emulated_NAME(const uint32_t geometry[7], void **arguments, uint32_t order)
+
+    geometry: grid x, y, z, block x, y, z and bytes of dynamic shared memory; arguments: pointers to each, as
+    cuLaunchKernel takes them. 0, or emulated_error() tells.
     """
     kernels = list(_KERNEL.finditer(source))
     pieces = [source[: kernels[0].start()] if kernels else source]
@@ -54,10 +56,12 @@ def host_source(source: str) -> str:
         # The compiler's messages and the emulator's speak of lines of the CUDA source.
         line = source.count("\n", 0, kernel.start()) + 1
         pieces.append(f'#line {line} "kernels.cu"\n{text.replace(_LINKAGE, "static ", 1)}')
-        types = [re.sub(r"\b(__restrict__|const)\b", "", p).strip().rsplit(" ", 1)[0] for p in kernel[2].split(",") if p]
+        types = [
+            re.sub(r"\b(__restrict__|const)\b", "", p).strip().rsplit(" ", 1)[0] for p in kernel[2].split(",") if p
+        ]
         arguments = ", ".join(f"*({t} *)a[{i}]" for i, t in enumerate(types))
         calls.append(
-            f"namespace {{ struct body_{kernel[1]} {{ static void run(void **a) {{ {kernel[1]}({arguments}); }} }}; }}\n"
+            f"namespace {{\nstruct body_{kernel[1]} {{ static void run(void **a) {{ {kernel[1]}({arguments}); }} }};\n}}\n"
             f'extern "C" int32_t emulated_{kernel[1]}(const uint32_t *geometry, void **a, uint32_t order) {{\n'
             f"  return simt::launch<body_{kernel[1]}>(geometry, {shared}, {str(bool(_WAITS.search(text))).lower()}, "
             "a, order);\n}\n"
@@ -175,8 +179,7 @@ class Emulator:
             outs[copy.output][:] = source[copy.source.offset :][: outs[copy.output].nbytes]
         dtypes = ["uint16" if spec.dtype == "bfloat16" else spec.dtype for spec in artefact.outputs]
         return [
-            out.view(dtype).reshape(spec.shape)
-            for out, dtype, spec in zip(outs, dtypes, artefact.outputs, strict=True)
+            out.view(dtype).reshape(spec.shape) for out, dtype, spec in zip(outs, dtypes, artefact.outputs, strict=True)
         ]
 
     def close(self) -> None:

@@ -136,11 +136,14 @@ def _launches(host: PrimFunc, device: Mapping[str, PrimFunc]) -> Iterator[Launch
         arguments = tuple(places[_owner(a)] for a in call.args[1 : 1 + count])
         extents = {name: int(value) for name, value in zip(order, call.args[1 + count :], strict=True)}
         shared = extents.pop(_DYNAMIC_SHARED, 0)
-        grid, block = (
-            tuple(extents.pop(f"{kind}Idx.{axis}", 1) for axis in "xyz") for kind in ("block", "thread")
-        )
+        grid, block = (_extent(extents, kind) for kind in ("block", "thread"))
         assert not extents, f"{kernel} is launched with {sorted(extents)}"
         yield Launch(kernel, arguments, grid, block, shared)
+
+
+def _extent(extents: dict[str, int], kind: str) -> Extent:
+    x, y, z = (extents.pop(f"{kind}Idx.{axis}", 1) for axis in "xyz")
+    return x, y, z
 
 
 def _owner(pointer: Any) -> Any:

@@ -214,8 +214,8 @@ GRAPHOPT_API size_t {name}_workspace_bytes(void);
 /* Size of the weights file, in bytes. */
 GRAPHOPT_API size_t {name}_weights_bytes(void);
 
-/* Opens a device, counted from 0, and uploads the weights, which may be freed afterwards. NULL on failure: no driver, no
-   such device, one that is too old, or too little memory; {name}_error tells. */
+/* Opens a device, counted from 0, and uploads the weights, which may be freed afterwards. NULL on failure: no driver,
+   no such device, one that is too old, or too little memory; {name}_error tells. */
 GRAPHOPT_API {name}_context *{name}_load(const void *weights, int32_t device);
 
 /* Runs the model on tensors in host memory, dense and row-major, and waits for the result. Returns 0, -n if the n-th
