@@ -32,6 +32,8 @@ from graphopt.errors import Decline
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # A copy that takes a thread longer than waking it: about 20 microseconds at 10 GB/s.
 BYTES_PER_TASK = 200_000
+# Reductions up to this many steps get their number of kernel rows from memory; see `trips` of emit_nest.
+SHORT_REDUCTION = 64
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,16 @@ class Conv:
     out_dtype: str
     epilogue: Epilogue
 
+    @property
+    def steps(self) -> int:
+        """Length of the reduction."""
+        return self.geometry.kernel[0] * self.geometry.kernel[1] * (self.geometry.channels // self.groups)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the number of kernel rows is a parameter."""
+        return self.geometry.kernel[0] > 1 and self.steps <= SHORT_REDUCTION
+
 
 class Conv2d(Template):
     """Y = epilogue(conv2d(X, W))."""
@@ -161,7 +173,7 @@ class Conv2d(Template):
             output=after.output,
             covers=after.covers,
             inputs=(call.args[0], *after.inputs),
-            constants=(packed, *after.constants),
+            constants=(packed, *([np.array([kh], np.int32)] if conv.counted else []), *after.constants),
             scratch_bytes=(g.batch * g.padded[0] * row * BYTES[dtype],) if padded else (),
             parameters={"mr": nest.tile.mr, "nr": nest.tile.nr, "block": nest.block},
         )
@@ -189,10 +201,12 @@ def build(conv: Conv, target: Target) -> PrimFunc:
     tile, (height, width) = nest.tile, g.out
     cout = conv.groups * nest.n
     rows, row = g.padded[0], g.padded[1] * g.channels
-    steps = g.kernel[0] * g.kernel[1] * (g.channels // conv.groups)
+    steps = conv.steps
     padded = any(g.padding)
     inputs = [("x", g.batch * g.height * g.width * g.channels, conv.dtype), *after.buffers(False)]
-    constants = [("w", conv.groups * nest.panels * steps * tile.nr, dtype), *after.buffers(True)]
+    constants = [("w", conv.groups * nest.panels * steps * tile.nr, dtype)]
+    constants += [("trips", 1, "int32")] if conv.counted else []
+    constants += after.buffers(True)
     params = [*inputs, *constants, ("y", nest.m * cout, conv.out_dtype)]
     if padded:
         params.append(("scratch", g.batch * rows * row, conv.dtype))
@@ -229,6 +243,7 @@ def build(conv: Conv, target: Target) -> PrimFunc:
             dtype=dtype,
             outer=conv.groups,
             begin=lambda number: group.__setitem__(0, number),
+            trips=tirx.BufferLoad(named["trips"], [0]) if conv.counted else None,
         )
 
     return prim_func(params, body)

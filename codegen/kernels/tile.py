@@ -152,6 +152,7 @@ def emit_nest(
     dtype: str,
     outer: int = 1,
     begin: Callable[[Expr], None] | None = None,
+    trips: Expr | None = None,
 ) -> None:
     """Emit all loops: (outer, row blocks, panels) over threads, then tiles of rows, then the reduction.
 
@@ -160,6 +161,8 @@ def emit_nest(
         w_offset: index in `w` of a panel's first element, from the panel's number and its first column.
         finish: emits the store of a vector of results at a row and a column of the product.
         outer: how often the whole product is repeated (batch, groups).
+        trips: the first extent of the reduction, as a value that the compiler cannot see. It would unroll a short
+            reduction wholly and hoist all of W out of the loop over rows, into memory for want of registers.
         begin: called with the number of the repetition before anything else of it is emitted.
     """
     tile, blocks = nest.tile, -(-nest.m // nest.block)
@@ -174,7 +177,9 @@ def emit_nest(
         first = T.Bind(tirx.min(block * nest.block, nest.m - nest.block)) if blocks > 1 else 0
         with T.serial(0, -(-nest.block // tile.mr)) as i:
             row = T.Bind(first + tirx.min(i * tile.mr, nest.block - tile.mr))
-            emit_tile(nest, a, w, [a_offset(row + r) for r in range(tile.mr)], w_start, row, column, finish, dtype)
+            emit_tile(
+                nest, a, w, [a_offset(row + r) for r in range(tile.mr)], w_start, row, column, finish, dtype, trips
+            )
 
 
 def emit_tile(
@@ -187,6 +192,7 @@ def emit_tile(
     column: Expr,
     finish: Finish,
     dtype: str,
+    trips: Expr | None = None,
 ) -> None:
     """Emit one register tile: clear, reduce, finish."""
     tile, lanes = nest.tile, nest.tile.lanes
@@ -198,7 +204,7 @@ def emit_tile(
             if extent == 1:
                 reduce(levels[1:], a_shift, w_shift)
                 return
-            with T.serial(0, extent) as t:
+            with T.serial(0, extent if trips is None or len(levels) < len(nest.reduction) else trips) as t:
                 reduce(levels[1:], a_shift + t * a_stride, w_shift + t * w_stride)
             return
         row_of_w = [load(w, w_start + w_shift + v * lanes, lanes, dtype) for v in range(tile.vectors)]
