@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from graphopt.codegen.kernels.conv2d import Conv2d
 from graphopt.codegen.kernels.depthwise import DepthwiseConv2d
 from graphopt.codegen.kernels.gemm import Gemm
-
 from tests.codegen.kernels.dense import Case, Shape, convolution, linear
 from tests.codegen.kernels.harness import Library, aligned
 

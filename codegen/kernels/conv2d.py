@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from tvm import relax, tirx
+from tvm.tirx import PrimFunc
+from tvm.tirx.script import builder as T
+
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, shape_of
 from graphopt.codegen.kernels.emit import FLOATS, Buffer, Expr, accumulator, copy_run, loop, prim_func, store
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.gemm import SHORT
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import Nest, emit_nest, pack, plan
-from graphopt.targets.target import Target
-from tvm import relax, tirx
-from tvm.tirx import PrimFunc
-from tvm.tirx.script import builder as T
-
 from graphopt.errors import Decline
+from graphopt.targets.target import Target
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # A copy that takes a thread longer than waking it: about 20 microseconds at 10 GB/s.

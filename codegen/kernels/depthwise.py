@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from tvm import relax, tirx
+from tvm.tirx import PrimFunc
+from tvm.tirx.script import builder as T
+
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of
 from graphopt.codegen.kernels.conv2d import Window, window
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, accumulator, load, loop, prim_func, store
@@ -24,12 +28,8 @@ from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.gemm import SHORT
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, registers
-from graphopt.targets.target import Isa, Target
-from tvm import relax, tirx
-from tvm.tirx import PrimFunc
-from tvm.tirx.script import builder as T
-
 from graphopt.errors import Decline
+from graphopt.targets.target import Isa, Target
 
 # Kernel rows times columns whose code is written out; larger ones would not fit the instruction cache.
 MAX_TAPS_PER_ROW = 16

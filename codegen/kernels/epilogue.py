@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, is_tensor, op_of, shape_of
-from graphopt.codegen.kernels.emit import FLOATS, Buffer, Expr, load, splat, spread
 from tvm import relax, tirx
 from tvm.tirx.script import builder as T
+
+from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, is_tensor, op_of, shape_of
+from graphopt.codegen.kernels.emit import FLOATS, Buffer, Expr, load, splat, spread
 
 MAX_STEPS = 24  # longer chains gain nothing in one kernel, and its code grows
 

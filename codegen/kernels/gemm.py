@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from tvm import relax
+from tvm.tirx import PrimFunc
+
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.emit import FLOATS, Buffer, Expr, accumulator, prim_func, store
 from graphopt.codegen.kernels.epilogue import Absorbed, Epilogue, absorb
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import Nest, emit_nest, pack, plan
-from graphopt.targets.target import Target
-from tvm import relax
-from tvm.tirx import PrimFunc
-
 from graphopt.errors import Decline
+from graphopt.targets.target import Target
 
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
 from graphopt.codegen.dataflow import Array
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, load, loop, spread
 from graphopt.targets.target import Isa, Target
-from tvm import tirx
-from tvm.tirx.script import builder as T
 
 LOADS_PER_CYCLE = 2
 L2_BYTES_PER_CYCLE = 24

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from graphopt.codegen.dataflow import Dataflow
-from graphopt.codegen.kernels.template import KernelCall, Template
 from hypothesis import HealthCheck, Phase, settings
 from tvm import relax
 
+from graphopt.codegen.dataflow import Dataflow
+from graphopt.codegen.kernels.template import KernelCall, Template
 from tests.codegen.kernels.harness import HOST, Library, aligned, match, relax_main
 
 Emit = Callable[[Any], relax.Var]

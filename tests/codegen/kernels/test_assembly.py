@@ -6,12 +6,12 @@ import re
 from dataclasses import replace
 
 import pytest
+
 from graphopt.codegen.kernels.conv2d import Conv2d
 from graphopt.codegen.kernels.depthwise import DepthwiseConv2d
 from graphopt.codegen.kernels.gemm import Gemm
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.targets.target import AVX512, RELAXED_SIMD, Target
-
 from tests.codegen.kernels.dense import Case, Shape, convolution, linear
 from tests.codegen.kernels.harness import ARM, HOST, WASM, assembly, match
 

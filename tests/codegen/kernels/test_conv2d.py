@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from graphopt.codegen.kernels.conv2d import Conv2d, window
-from graphopt.codegen.kernels.gemm import Gemm
 from hypothesis import given
 from hypothesis import strategies as st
 from tvm import relax
 
+from graphopt.codegen.kernels.conv2d import Conv2d, window
+from graphopt.codegen.kernels.gemm import Gemm
 from graphopt.errors import Decline
 from tests.codegen.kernels.dense import QUICK, TAILS, Shape, check, convolution
 from tests.codegen.kernels.harness import match, relax_main

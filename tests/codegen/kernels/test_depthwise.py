@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from graphopt.codegen.kernels.depthwise import DepthwiseConv2d
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphopt.codegen.kernels.depthwise import DepthwiseConv2d
 from tests.codegen.kernels.dense import QUICK, TAILS, Shape, check, convolution
 
 

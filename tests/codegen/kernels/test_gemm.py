@@ -8,14 +8,14 @@ from tempfile import TemporaryDirectory
 import ml_dtypes
 import numpy as np
 import pytest
-from graphopt.codegen.kernels.epilogue import absorb
-from graphopt.codegen.kernels.gemm import Gemm
-from graphopt.codegen.kernels.template import KernelCall
-from graphopt.codegen.kernels.tile import best_tile, pack, registers, tiles
 from hypothesis import given
 from hypothesis import strategies as st
 from tvm import relax
 
+from graphopt.codegen.kernels.epilogue import absorb
+from graphopt.codegen.kernels.gemm import Gemm
+from graphopt.codegen.kernels.template import KernelCall
+from graphopt.codegen.kernels.tile import best_tile, pack, registers, tiles
 from graphopt.errors import Decline
 from tests.codegen.kernels.dense import QUICK, TAILS, check, linear, product
 from tests.codegen.kernels.harness import ARM, HOST, WASM, Library, aligned, match, relax_main
