@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
+from tvm.tirx.script import builder as T
 
 from graphopt.codegen.dataflow import Dataflow, dtype_of, shape_of
 from graphopt.codegen.kernels.attention_match import Found, find
+from graphopt.codegen.kernels.attention_tile import Tile, panels, tile_for
 from graphopt.codegen.kernels.emit import load, loop, prim_func, splat, spread, store
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.views import View
@@ -35,54 +35,6 @@ from graphopt.targets.target import Target
 Expr = Any
 MOST_GROUPS = 16
 PARALLEL_FLOPS = 2_000_000  # below this a second thread costs more than it brings
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of the register tile and of the block of rows."""
-
-    mr: int  # query rows in registers
-    nv: int  # vectors across
-    rows: int  # query rows whose scores are held at once, a multiple of mr
-    lanes: int
-
-    @property
-    def nr(self) -> int:
-        """Columns across."""
-        return self.nv * self.lanes
-
-
-def tile_for(n: int, m: int, d: int, target: Target) -> Tile:
-    """The tile with the fewest cycles by count; the last block of rows starts earlier instead of being shorter."""
-    lanes = target.isa.lanes(32)
-    registers = target.isa.vector_registers
-    shapes = [(6, 2), (5, 2), (4, 3), (4, 2), (3, 4)] if registers == 16 else [(8, 3), (12, 2), (6, 4), (6, 2)]
-    best, least = Tile(1, 4, 1, lanes), math.inf
-    for mr, nv in shapes if n > 1 else []:
-        for tiles in range(1, 7):
-            tile = Tile(min(mr, n), nv, min(mr, n) * tiles, lanes)
-            if tile.rows > n or (tiles > 1 and tile.rows * m * 4 > target.l2_bytes // 8):
-                continue
-            rows = -(-n // tile.rows) * tile.rows
-            # A panel is read from L2 once a block: some cycles for each of its vectors.
-            cycles = (
-                rows
-                / tile.mr
-                * sum(
-                    depth * (_cycles(tile.mr, vectors, target) + vectors / tiles)
-                    for width, depth in ((m, d), (d, m))
-                    for _, vectors in _panels(width, tile)
-                )
-            )
-            if cycles < least:
-                best, least = tile, cycles
-    return best
-
-
-def _cycles(mr: int, vectors: int, target: Target) -> float:
-    """Cycles of one step of the register tile: arithmetic, latency or loads, whichever is longest."""
-    isa = target.isa
-    return max(mr * vectors / isa.fma_per_cycle, isa.fma_latency_cycles, (mr + vectors) / 2)
 
 
 class Attention(Template):
@@ -158,12 +110,11 @@ def build(found: Found, tile: Tile, sources: list[relax.Expr], target: Target) -
         def source(view: View) -> Any:
             return inputs[sources_index(sources, view.base)]
 
-        with loop(groups, parallel) as g, T.serial(0, per_group) as within:
-            with T.sblock("head"):
-                head = T.bind(tirx.min(g * per_group + within, heads - 1))
-                emitter = _Head(found, tile, head // found.h, head % found.h, out, scratch, source)
-                emitter.place(g * group_size, k_size, v_size, m_padded, d_padded)
-                emitter.emit()
+        with loop(groups, parallel) as g, T.serial(0, per_group) as within, T.sblock("head"):
+            head = T.bind(tirx.min(g * per_group + within, heads - 1))
+            emitter = _Head(found, tile, head // found.h, head % found.h, out, scratch, source)
+            emitter.place(g * group_size, k_size, v_size, m_padded, d_padded)
+            emitter.emit()
 
     return prim_func(buffers, body), groups * group_size * 4
 
@@ -238,7 +189,7 @@ class _Head:
         value, base = self.source(f.v), T.bind(self.start(f.v))
         row = f.v.stride(1) or 0
         with T.serial(0, f.m) as j:
-            for first, vectors in _panels(f.d, t):
+            for first, vectors in panels(f.d, t):
                 for r in range(vectors):
                     at = first + r * t.lanes
                     to = self.values + first * f.m + j * (vectors * t.lanes) + r * t.lanes
@@ -379,7 +330,7 @@ class _Head:
         f, t = self.f, self.t
         b_stride, row, h_stride, column = f.out_strides
         base = T.bind(self.b * b_stride + self.h * h_stride)
-        for start, vectors in _panels(f.d, t):
+        for start, vectors in panels(f.d, t):
             with T.serial(0, t.rows // t.mr) as tile:
                 at = self.scores + tile * t.mr * self.m_padded
 
@@ -403,12 +354,6 @@ class _Head:
                         store(self.out, to + lane * column, one[lane], 1, "float32")
 
                 _multiply(t, vectors, seen, left, right, write)
-
-
-def _panels(width: int, tile: Tile) -> list[tuple[int, int]]:
-    """First column and vectors of each panel."""
-    vectors = -(-width // tile.lanes)
-    return [(v * tile.lanes, min(tile.nv, vectors - v)) for v in range(0, vectors, tile.nv)]
 
 
 def _multiply(tile: Tile, vectors: int, depth: Expr, left: Any, right: Any, write: Any) -> None:

@@ -90,9 +90,7 @@ def _repeats(reader: s_tir.SBlock, producer: s_tir.SBlock) -> int:
 
 
 def _dear(value: Any) -> bool:
-    count = 0
-    for node in _nodes(value):
-        count += 1
+    for count, node in enumerate(_nodes(value), 1):
         if count > DEAR_NODES or isinstance(node, tirx.Div):
             return True
         if isinstance(node, Call) and node.op.name not in ("prim.if_then_else", "tirx.reinterpret", "prim.likely"):
@@ -196,9 +194,11 @@ def _spatial(sch: s_tir.Schedule, block: Any, stmt: s_tir.SBlock, loops: list[An
         outer.append(pieces)
         extent = step
     if extent >= lanes:
-        blocks, vector = _vectors(sch, inner, extent, lanes)
-        if blocks is not None:
-            outer.append(blocks)
+        if extent % lanes:
+            # The rest has a loop of its own: a condition inside would keep TVM from making vectors.
+            inner = sch.loop_partition(inner, [extent - extent % lanes, None])[0]
+        blocks, vector = sch.split(inner, [None, lanes])
+        outer.append(blocks)
         sch.vectorize(vector)
     elif extent == 1 or not outer:
         outer.append(inner)
@@ -206,16 +206,6 @@ def _spatial(sch: s_tir.Schedule, block: Any, stmt: s_tir.SBlock, loops: list[An
         sch.vectorize(inner) if extent in (2, 4) else None
     if parallel and outer:
         _parallelise(sch, outer, extent >= lanes)
-
-
-def _vectors(sch: s_tir.Schedule, loop: Any, extent: int, lanes: int) -> tuple[Any, Any]:
-    """Split a loop to vectors; a last, shorter one is peeled off by LoopPartition."""
-    if extent == lanes:
-        return None, loop
-    blocks, vector = sch.split(loop, [None, lanes])
-    if extent % lanes:
-        sch.annotate(blocks, "pragma_loop_partition_hint", 1)
-    return blocks, vector
 
 
 def _parallelise(sch: s_tir.Schedule, outer: list[Any], blocks_last: bool) -> None:
@@ -289,11 +279,12 @@ def _reduction(
         inner = loops[written]
         extent = int(sch.get(inner).extent)
         rest = [x for x in spatial if not sch.get(x).same_as(sch.get(inner))]
-        if extent >= lanes:
-            blocks, vector = _vectors(sch, inner, extent, lanes)
-            sch.reorder(*rest, *([blocks] if blocks is not None else []), *folded, vector)
+        width = next((w for w in (lanes, lanes // 2, lanes // 4) if w > 1 and extent % w == 0), 0)
+        if width:
+            blocks, vector = sch.split(inner, [None, width])
+            sch.reorder(*rest, blocks, *folded, vector)
             sch.vectorize(vector)  # while it is one block: half of a reduction cannot be checked
-            if parallel and (rest or blocks is not None):
+            if parallel:
                 sch.parallel(sch.fuse(*rest) if len(rest) > 1 else rest[0] if rest else blocks)
             _vectorize_init(sch, sch.decompose_reduction(block, folded[0]))
             return

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
+from tvm.tirx.script import builder as T
 
 from graphopt.codegen.dataflow import Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.emit import FLOATS, load, loop, prim_func, spread, store

@@ -2,7 +2,7 @@
 
     Y[n, y, x, c] = max or mean of X[n, y', x', c] over the window of (y, x)
     X, Y   NHWC, any float, dense; computed in float32
-    window  y' = y stride - pad + k dilation, cut to the image; or floor(y H / OH) <= y' < ceil((y + 1) H / OH), adaptive
+    window  y' = y stride - pad + k dilation, cut to the image; adaptive, from floor(y H / OH) to ceil((y + 1) H / OH)
     mean    over the cut window, or with count_include_pad over the window cut to the padded image, as PyTorch has it
     limit: one load and one operation for each vector of each window; memory is read about (kernel / stride)^2 times,
            mostly from L1
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
+from tvm.tirx.script import builder as T
 
 from graphopt.codegen.dataflow import Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.emit import FLOATS, load, loop, prim_func, splat, spread, store
@@ -90,7 +90,9 @@ class Pool(Template):
             return found
         which = "max_pool" if found.largest else "avg_pool"
         return KernelCall(
-            name=f"{found.dtype}_{which}_{found.rows.kernel}x{found.columns.kernel}__{target.isa.name}".replace("-", "_"),
+            name=f"{found.dtype}_{which}_{found.rows.kernel}x{found.columns.kernel}__{target.isa.name}".replace(
+                "-", "_"
+            ),
             key=("pool", found, target.spec),
             kernel=build(found, target),
             output=binding.var,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm.tirx.script import builder as T  # noqa: N812 - TVM's own name for it
+from tvm.tirx.script import builder as T
 
 from graphopt.codegen.kernels.emit import load, splat, store
 

@@ -11,7 +11,7 @@
 
 Everything holds for the whole range: infinities and NaN as in C, results below the smallest normal float32 are flushed
 to zero, and so are such arguments of log. float16 is computed in float32; float64 stays a call of libm.
-limit: about 15 operations a vector for exp; nothing converts a float to an integer, so that no target traps or saturates.
+limit: about 15 operations a vector for exp; no float is converted to an integer, so that no target traps or saturates.
 Source: S. Moshier, Cephes Mathematical Library, single precision; XLA's and Eigen's rational for erf.
 """
 
@@ -22,11 +22,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
-from graphopt.codegen.kernels.tir_rewrite import Rewriter
-from graphopt.targets.target import Target
 from tvm import tirx
 from tvm.ir import Call, IRModule
 from tvm.tirx import PrimFunc, Select
+
+from graphopt.codegen.kernels.tir_rewrite import Rewriter
+from graphopt.targets.target import Target
 
 Expr = Any  # TIR expressions: their operators are overloaded at run time
 Let = Callable[[Expr], Expr]  # computes a value once, before the statement, and gives the variable that holds it
@@ -280,8 +281,8 @@ class _Expand(Rewriter):
         return tirx.SeqStmt(sequence)
 
     def let(self, value: Expr) -> Expr:
-        # A buffer and not a variable: TVM's simplifier looks through variables, and takes (x + c) - c for x in floats too.
-        # LLVM keeps the buffer in a register.
+        # A buffer and not a variable: TVM's simplifier looks through variables, and takes (x + c) - c for x even in
+        # floats. LLVM keeps the buffer in a register.
         lanes = int(value.ty.dtype.lanes)
         buffer = tirx.decl_buffer((lanes,), str(value.ty.dtype).split("x")[0], "m", scope="global")
         index = tirx.Ramp(0, 1, lanes) if lanes > 1 else tirx.const(0, "int32")

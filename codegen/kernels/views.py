@@ -190,15 +190,16 @@ def _piece(view: View, split: relax.Call, index: int) -> View | None:
     sections = split.attrs.indices_or_sections
     if isinstance(sections, int) or not hasattr(sections, "__len__"):
         size = -(-whole // int(sections))
-        cuts = list(range(0, whole, size)) + [whole]
+        cuts = [*range(0, whole, size), whole]
     else:
         cuts = [0, *(int(c) for c in sections), whole]
     return _cut(view, axis, cuts[index], cuts[index + 1] - cuts[index])
 
 
 def _slices(view: View, call: relax.Call) -> View | None:
-    fields = [_integers(a) for a in call.args[1:]]
-    if len(fields) < 3 or any(f is None for f in fields):
+    found = [_integers(a) for a in call.args[1:]]
+    fields = [f for f in found if f is not None]
+    if len(fields) < max(3, len(found)):
         return None
     axes, begins, ends = fields[:3]
     strides = fields[3] if len(fields) > 3 else [1] * len(axes)
@@ -224,7 +225,7 @@ def trail(flow: Dataflow, var: relax.Var) -> list[relax.Var]:
     """Variables that only look differently at a value, each the sole reader of the one before; `var` comes first."""
     chain = [var]
     while (user := flow.sole_user(chain[-1])) is not None:
-        source, rule = _rule(flow, user.value)
+        source, _ = _rule(flow, user.value)
         if source is None or not is_tensor(user.var) or isinstance(user.value, relax.TupleGetItem):
             break
         chain.append(user.var)

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graphopt.codegen.build import build_llvm, build_object
-from graphopt.codegen.dataflow import Dataflow
-from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.targets.target import AVX2, KIB, MIB, NEON, SIMD128, Target
 from tvm import relax
 from tvm.tirx import PrimFunc
 
+from graphopt.codegen.build import build_llvm, build_object
+from graphopt.codegen.dataflow import Dataflow
+from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.errors import Decline
+from graphopt.targets.target import AVX2, KIB, MIB, NEON, SIMD128, Target
 
 HOST = Target(
     spec="test-x86",

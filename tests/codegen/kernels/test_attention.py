@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tvm import relax
@@ -37,7 +37,9 @@ def fused(b, n, h, d, causal=None, mask=None):
             one = e.emit(op.strided_slice(parts, [0], [i], [i + 1], [1]))
             heads.append(e.emit(op.permute_dims(e.emit(op.squeeze(one, [0])), [0, 2, 1, 3])))
         out = e.emit(op.nn.attention(*heads, bias=mask, causal_mask=causal))
-        return op.reshape(e.emit(op.permute_dims(e.emit(op.permute_dims(out, [0, 2, 1, 3])), [0, 2, 1, 3])), (b, n, h * d))
+        return op.reshape(
+            e.emit(op.permute_dims(e.emit(op.permute_dims(out, [0, 2, 1, 3])), [0, 2, 1, 3])), (b, n, h * d)
+        )
 
     return relax_main(build, params)
 

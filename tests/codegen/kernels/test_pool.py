@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from tests.codegen.kernels.harness import HOST, Library, aligned, match, relax_main
+import torch.nn.functional as F
 from tvm import relax
 
 from graphopt.codegen.kernels.pool import Axis, Pool, Shape, build, reference
 from graphopt.codegen.kernels.template import KernelCall
 from graphopt.errors import Decline
+from tests.codegen.kernels.harness import HOST, Library, aligned, match, relax_main
 
 SAME, PLAIN = Axis(7, 4, 3, 2, 1, 1, 1), Axis(9, 5, 3, 2, 1, 1, 1)
 CASES = {

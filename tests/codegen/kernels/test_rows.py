@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.codegen.kernels.harness import HOST, Library, aligned, match, relax_main
 from tvm import relax
 
 from graphopt.codegen.kernels import layer_norm, softmax
 from graphopt.codegen.kernels.template import KernelCall
 from graphopt.errors import Decline
+from tests.codegen.kernels.harness import HOST, Library, aligned, match, relax_main
 
 # Below a vector, one, one with a rest, several accumulators with and without a rest, one row, one column.
 SHAPES = [(1, 1), (5, 1), (1, 8), (3, 7), (4, 9), (2, 32), (3, 33), (2, 71), (300, 384)]

@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.codegen.kernels.harness import ARM, HOST, WASM, Library, aligned, assembly
 from tvm import tirx
-from tvm.tirx.script import builder as T  # noqa: N812
+from tvm.tirx.script import builder as T
 
 from graphopt.codegen.kernels.emit import load, prim_func, store
+from tests.codegen.kernels.harness import ARM, HOST, WASM, Library, aligned, assembly
 
 SIZE = 1 << 16
 TINY = 1.1754943508222875e-38
