@@ -154,14 +154,14 @@ def measure_peak(folder: Path) -> float:
 def main() -> None:
     """Measure the models named on the command line, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=list(MODELS), help="default: all")
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--seconds", type=float, default=0.2, help="time for each measurement")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         peak = measure_peak(Path(name))
         print(f"peak {peak:.1f} GFLOP/s")
-        for model in options.models or MODELS:
+        for model in options.models:
             layers = MODELS[model]()
             cases = [layer.case() for layer in layers]
             folder = Path(name) / model
