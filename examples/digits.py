@@ -104,7 +104,9 @@ def main() -> int:
     for heading in ("accuracy", "agrees with PyTorch", "latency", "size"):
         table.add_column(heading, justify="right")
     right = labels.numpy()
-    table.add_row("PyTorch", f"{(expected == right).mean():.2%}", "", f"{latency:.3f} ms", f"{kilobytes(size)} (weights)")
+    table.add_row(
+        "PyTorch", f"{(expected == right).mean():.2%}", "", f"{latency:.3f} ms", f"{kilobytes(size)} (weights)"
+    )
 
     agreed = True
     program = graphopt.capture(model, (example,), name="digits")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.errors import BadSample, WrongInputs
+from graphopt.errors import BadSample, SampleNotFound, WrongInputs
 from graphopt.program import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -38,7 +38,9 @@ def to_numpy(value: Any) -> Array:
     return np.asarray(value)
 
 
-def fit_inputs(name: str, specs: Sequence[TensorSpec], given: Mapping[str, Any], note: Note | None = None) -> list[Array]:
+def fit_inputs(
+    name: str, specs: Sequence[TensorSpec], given: Mapping[str, Any], note: Note | None = None
+) -> list[Array]:
     """Dense arrays in the order of `specs`.
 
     A dtype that every value survives (int32 to int64, float16 to float32) is converted, and `note` hears about it;
@@ -82,13 +84,20 @@ def read_arrays(file: str | os.PathLike[str]) -> Array | dict[str, Array]:
     """What a .npy file (one array) or a .npz file (arrays by name) holds. Nothing is unpickled.
 
     Raises:
-        BadSample: the file is missing, damaged, or no numpy file.
-        OSError: the file system refuses.
+        BadSample: the file is damaged, or no numpy file.
+        SampleNotFound: it is missing or may not be read.
     """
     path = Path(file)
     if path.is_dir():
         raise BadSample(file=file, what="is a folder, not a .npy or .npz file")
-    with path.open("rb") as stream:
+    try:
+        return _read(path)
+    except OSError as error:
+        raise SampleNotFound(file=file, reason=error.strerror or error) from error
+
+
+def _read(file: Path) -> Array | dict[str, Array]:
+    with file.open("rb") as stream:
         head = stream.read(6)
         try:
             if head.startswith(b"\x93NUMPY") or head.startswith(b"PK"):
@@ -109,7 +118,8 @@ def samples_in(file: str | os.PathLike[str], specs: Sequence[TensorSpec]) -> lis
     dimension, or of a longer batch, which is cut.
 
     Raises:
-        BadSample: a name or shape does not fit.
+        BadSample: a name or shape does not fit, or the file is damaged.
+        SampleNotFound: it is missing or may not be read.
     """
     content = read_arrays(file)
     if not isinstance(content, dict):
@@ -140,5 +150,7 @@ def _cut(file: str | os.PathLike[str], spec: TensorSpec, array: Array) -> list[A
         batch = spec.shape[0]
         if len(array) >= batch:
             return [array[start : start + batch] for start in range(0, len(array) - batch + 1, batch)]
-    what = f"{spec.name} has shape {list(array.shape)}; wanted {list(spec.shape)}, or that with samples stacked in front"
+    what = (
+        f"{spec.name} has shape {list(array.shape)}; wanted {list(spec.shape)}, or that with samples stacked in front"
+    )
     raise BadSample(file=file, what=what)

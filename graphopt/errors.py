@@ -283,6 +283,15 @@ class BadSample(GraphoptError):
     hint = "write it with numpy: numpy.save('x.npy', x), or numpy.savez('samples.npz', x=x) with the inputs' names"
 
 
+class SampleNotFound(GraphoptError):
+    """A file with input or calibration arrays is missing or may not be read."""
+
+    code = "sample-not-found"
+    message = "{file}: cannot be read: {reason}"
+    hint = "give the path of a .npy or .npz file"
+    exit = Exit.IO_FAILED
+
+
 class BadOption(GraphoptError):
     """Options that contradict each other or the model."""
 

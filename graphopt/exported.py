@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import keyword
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,18 +53,23 @@ def identifier(text: str, fallback: str = "model") -> str:
 
 def copy_exported(exported: ExportedProgram, graph: Graph | None = None) -> ExportedProgram:
     """A copy with a graph and signature of its own, or with `graph`; the weight tensors are shared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # copying torch's own pytree specs raises one, about torch's code
+        calls = copy.deepcopy(exported.module_call_graph)
+        copied = copy.deepcopy(exported.graph) if graph is None else graph
     if graph is None:
-        graph = copy.deepcopy(exported.graph)
         # fx renames what is called like a builtin (an argument named `input`); the signature knows the old name.
-        for old, new in zip(exported.graph.nodes, graph.nodes, strict=True):
+        for old, new in zip(exported.graph.nodes, copied.nodes, strict=True):
             new.name = old.name
     return ExportedProgram(
-        root=GraphModule(exported.graph_module, graph),
-        graph=graph,
+        root=GraphModule(exported.graph_module, copied),
+        graph=copied,
         graph_signature=copy.deepcopy(exported.graph_signature),
         state_dict=dict(exported.state_dict),
         range_constraints=dict(exported.range_constraints),
-        module_call_graph=copy.deepcopy(exported.module_call_graph),
+        module_call_graph=calls,
         example_inputs=exported.example_inputs,
         constants=dict(exported.constants),
         verifiers=list(exported.verifiers),

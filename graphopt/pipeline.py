@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
+
 def _silent(_: str) -> None:
     pass
 

@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,8 +29,8 @@ def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty folder beside `output` that is removed in the end, whatever happens.
 
     Raises:
-        CannotWrite: the folder above is missing or may not be written to; or an OSError that names nothing else came
-            out of the block, such as a full disk.
+        CannotWrite: the folder above is missing or may not be written to; or an OSError came out of the block, such as a
+            full disk, that names no file outside of the folder.
     """
     place = resolved(output)
     with ExitStack() as stack:
@@ -46,6 +46,8 @@ def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
             content.mkdir()
             yield content
         except OSError as error:
+            if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(stage):
+                raise  # another file's trouble
             raise CannotWrite(file=output, reason=reason_of(error)) from error
 
 
@@ -134,13 +136,8 @@ def _umask() -> int:
 
 
 def _remove(stage: Path) -> None:
-    _retry_interrupted(lambda: shutil.rmtree(stage, ignore_errors=True))
-
-
-def _retry_interrupted(remove: Callable[[], None]) -> None:
-    """A second Ctrl-C while cleaning up must not leave half of it behind."""
     try:
-        remove()
-    except KeyboardInterrupt:
-        remove()
+        shutil.rmtree(stage, ignore_errors=True)
+    except KeyboardInterrupt:  # a second Ctrl-C must not leave half of it behind
+        shutil.rmtree(stage, ignore_errors=True)
         raise

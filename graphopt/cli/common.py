@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graphopt.cli.failure import check_signals
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
@@ -59,7 +61,8 @@ class Output:
             human(stdout())
 
     def step(self, text: str) -> None:
-        """Say what is done now."""
+        """Say what is done now. Raises Terminated where a signal asked us to end."""
+        check_signals()
         if self._status is not None:
             self._status.update(text)
         elif self.verbose and not self.quiet:

@@ -23,6 +23,16 @@ class Terminated(BaseException):
         self.number = number
 
 
+# The signal that came. Python code called from TVM's C++ may swallow what the handler raises, so steps ask as well.
+_pending: list[int] = []
+
+
+def check_signals() -> None:
+    """Raises Terminated where a signal came and was swallowed."""
+    if _pending:
+        raise Terminated(_pending[0])
+
+
 def guarded(arguments: list[str], invoke: Callable[[list[str]], None]) -> int:
     """Call `invoke` and turn whatever it raises into an exit code, with one message on standard error.
 
@@ -94,10 +104,12 @@ def _signals() -> Iterator[None]:
     def end(number: int, _frame: FrameType | None) -> None:
         # A second signal must not cut the cleaning up short.
         signal.signal(number, signal.SIG_IGN)
+        _pending.append(number)
         raise Terminated(number)
 
+    _pending.clear()
     try:
-        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     except ValueError:  # not in the main thread, as when a program calls `run` from one of its own
         yield
         return

