@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tvm
 from tvm import s_tir, tirx
-from tvm.ir import Call, IRModule, PointerType, PrimType
+from tvm.ir import IRModule, PointerType, PrimType
 from tvm.tirx import PrimFunc
 
 from graphopt.codegen.kernels.vector_math import ExpandMath
@@ -62,19 +62,17 @@ def lower_tir(module: IRModule, target: Target) -> IRModule:
 
 def plain_c(name: str, func: PrimFunc) -> PrimFunc:
     """Give a lowered function raw pointers for arguments and an int32 for its result."""
-    pointers = {param: tirx.Var(param.name, PointerType(param.ty.dtype)) for param in func.params}
-    body = []
-    for stmt in func.body.seq if isinstance(func.body, tirx.SeqStmt) else [func.body]:
-        if isinstance(stmt, tirx.DeclBuffer) and isinstance(stmt.data, Call) and stmt.data.op.name == "tirx.buffer_data":
-            owner = next((v for p, v in pointers.items() if p.same_as(stmt.data.args[0])), None)
-            if owner is not None:
-                stmt = tirx.DeclBuffer(stmt.buffer, data=owner)
-        body.append(stmt)
+    pointers = [tirx.Var(param.name, PointerType(param.ty.dtype)) for param in func.params]
+    # Some of TVM's operators leave the offset of a tensor in its storage open; ours begin where the pointer says.
+    offsets = {p.ty.elem_offset for p in func.params if isinstance(p.ty.elem_offset, tirx.Var)}
+    body: list[tirx.Stmt] = [tirx.Bind(offset, tirx.const(0, offset.ty.dtype)) for offset in offsets]
+    body += [tirx.DeclBuffer(param, data=pointer) for param, pointer in zip(func.params, pointers, strict=True)]
+    body.append(func.body)
     body.append(tirx.Return(tirx.const(0, "int32")))
     zero = tirx.const(0, "int32")
     on_device = tirx.AttrStmt(zero, "device_id", zero, tirx.SeqStmt(body))
     on_device = tirx.AttrStmt(zero, "device_type", tirx.const(CPU_DEVICE, "int32"), on_device)
-    plain = PrimFunc(list(pointers.values()), on_device, PrimType("int32"), func.attrs)
+    plain = PrimFunc(pointers, on_device, PrimType("int32"), func.attrs)
     return plain.with_attr("calling_conv", PLAIN_C).with_attr("global_symbol", name)
 
 

@@ -137,7 +137,7 @@ def _compare(
     errors = max_abs_errors(reference, results)
     for output, error in errors.items():
         wanted = reference[output]
-        finite = wanted[wanted.isfinite()] if wanted.is_floating_point() else wanted[:0]
+        finite = wanted[wanted.isfinite()] if wanted.is_floating_point() else wanted.reshape(-1)[:0]
         scale = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
         allowed = TOLERANCE.get(wanted.dtype, 0.0) * scale
         if not error <= allowed:
