@@ -46,14 +46,14 @@ def _name(data: bytes | bytearray, strings: _Section, offset: int) -> str:
     return data[start : data.index(0, start)].decode()
 
 
-def undefined_symbols(data: bytes) -> list[str]:
-    """Names that an object refers to and does not define, sorted."""
+def global_symbols(data: bytes, *, defined: bool) -> list[str]:
+    """Names that an object offers to others (defined), or needs from them (not defined); sorted."""
     sections = list(_sections(data))
     names = set()
     for table in (s for s in sections if s.kind == _SYMTAB):
-        for at in range(table.offset + _SYMBOL.size, table.offset + table.size, _SYMBOL.size):
-            name, _, _, section, _, _ = _SYMBOL.unpack_from(data, at)
-            if section == _UNDEFINED and name:
+        for at in range(table.offset, table.offset + table.size, _SYMBOL.size):
+            name, info, _, section, _, _ = _SYMBOL.unpack_from(data, at)
+            if info >> 4 != _LOCAL and (section != _UNDEFINED) == defined:
                 names.add(_name(data, sections[table.link], name))
     return sorted(names)
 

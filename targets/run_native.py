@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,10 +46,7 @@ class Runner:
             raise ToolMissing(tool="a fitting processor", purpose=f"run {target}", install=reason)
         self._model = model
         name = model.name
-        try:
-            self._library = ctypes.CDLL(str((folder / f"lib{name}.so").resolve()))
-        except OSError as error:
-            raise RunFailed(name=name, runner=self.name, reason=str(error)) from error
+        self._library = self._load((folder / f"lib{name}.so").resolve())
         self._call = self._library[f"{name}_run"]
         self._call.argtypes = [ctypes.c_void_p] * 4
         self._call.restype = ctypes.c_int32
@@ -67,6 +65,22 @@ class Runner:
             raise RunFailed(
                 name=name, runner=self.name, reason=f"{folder / 'weights.bin'} is missing or has another size"
             )
+
+    def _load(self, file: Path) -> ctypes.CDLL:
+        """Load a library, which may have replaced another of the same name that is still loaded.
+
+        The system's loader takes equal paths for equal files, so it gets a path of its own each time. Equal files it
+        knows by themselves: they are loaded once.
+        """
+        try:
+            with tempfile.TemporaryDirectory(prefix="graphopt-load-") as folder:
+                link = Path(folder) / file.name
+                link.symlink_to(file)
+                return ctypes.CDLL(str(link))
+        except OSError as error:
+            # The message has the link's name, which nobody knows.
+            reason = str(error).replace(str(Path(folder) / file.name), str(file))
+            raise RunFailed(name=self._model.name, runner=self.name, reason=reason) from error
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `graphopt.targets.runner.Runner`."""

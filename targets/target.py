@@ -45,7 +45,7 @@ RELAXED_SIMD = Isa("relaxed-simd", 128, 16, has_fma=True)
 class Target:
     """One device family to build for.
 
-    `llvm` is TVM's target dictionary for the host-side code; `zig` the triple that the linker driver takes and `zig_cpu`
+    `llvm` is TVM's target dictionary for the host-side code; `zig` the triple that the linker driver takes, `zig_cpu`
     its -mcpu. `spec` is what the user may write to get exactly this target again.
     """
 

@@ -63,7 +63,13 @@ def test_this_machine_runs_what_it_has():
 
 @pytest.mark.parametrize(
     ("spec", "isa"),
-    [("cpu:generic", SSE4), ("cpu:haswell", AVX2), ("cpu:znver3", AVX2), ("cpu:znver4", AVX512), ("cpu:skylake-avx512", AVX512)],
+    [
+        ("cpu:generic", SSE4),
+        ("cpu:haswell", AVX2),
+        ("cpu:znver3", AVX2),
+        ("cpu:znver4", AVX512),
+        ("cpu:skylake-avx512", AVX512),
+    ],
 )
 def test_named_processors_have_their_vector_unit(spec, isa):
     """A few that everybody knows."""
