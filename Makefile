@@ -37,11 +37,11 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); sh .ci/system venv && $(PYTHON) -m venv $(VENV); }
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(RUN)
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[demo]'
+	$(RUN) -m pip install -qq -c constraints.txt -e '.[demo]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(RUN)
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(RUN) -m pip install -qq -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

@@ -100,7 +100,7 @@ def _read(file: Path) -> Array | dict[str, Array]:
     with file.open("rb") as stream:
         head = stream.read(6)
         try:
-            if head.startswith(b"\x93NUMPY") or head.startswith(b"PK"):
+            if head.startswith((b"\x93NUMPY", b"PK")):
                 stream.seek(0)
                 content = np.load(stream, allow_pickle=False)
                 if isinstance(content, np.ndarray):

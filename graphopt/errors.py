@@ -94,7 +94,9 @@ class UnsupportedOp(GraphoptError):
 
     code = "unsupported-op"
     message = "{op} at {where} is not supported: {reason}"
-    hint = "rewrite that place of the model with supported operators; `graphopt inspect` lists every operator with its place"
+    hint = (
+        "rewrite that place of the model with other operators; `graphopt inspect` lists every operator with its place"
+    )
 
 
 class ModelNotFound(GraphoptError):

@@ -183,7 +183,7 @@ def run_phases(source: Any, options: Options, target: Target, stage: Path, step:
     seal(stage, manifest)
 
 
-# Before anything is done -------------------------------------------------------------------------------------------------
+# Before anything is done ---------------------------------------------------------------------------------------------
 
 
 def check_options(options: Options) -> Target:
@@ -226,15 +226,14 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
     program = _captured(source, options)
     samples = samples_of(program, _calibration(program, options))
     cost = summary(program)
-    runners = targets.runners_of(target)
+    runners = " and ".join(targets.runners_of(target)) or "nothing that is installed"
     steps = [
         f"capture {program.name}: {', '.join(map(str, program.inputs))} -> {', '.join(map(str, program.outputs))}, "
         f"{len(cost.rows)} operators, {cost.total.flops:,} FLOPs, {cost.total.params:,} parameters",
         f"canonicalise: {', '.join(CANONICALISE)}" if options.canonicalise else "canonicalise: left out",
         f"lower for {target} ({target.isa.name}, {target.isa.vector_bits} bits)",
         f"link for {target.zig}",
-        f"verify: run on {len(samples)} {samples[0].origin} with {' and '.join(runners) or 'nothing that is installed'}, "
-        "compare with PyTorch"
+        f"verify: run on {len(samples)} {samples[0].origin} with {runners}, compare with PyTorch"
         if options.verify
         else "verify: left out, and the manifest says so",
         f"write {options.kind} {options.output}" if options.output is not None else "keep a temporary bundle",
@@ -243,7 +242,7 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
     return Plan(tuple(steps), tuple(missing))
 
 
-# The phases --------------------------------------------------------------------------------------------------------------
+# The phases ----------------------------------------------------------------------------------------------------------
 
 
 def _captured(source: Any, options: Options) -> Program:

@@ -29,8 +29,8 @@ def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty folder beside `output` that is removed in the end, whatever happens.
 
     Raises:
-        CannotWrite: the folder above is missing or may not be written to; or an OSError came out of the block, such as a
-            full disk, that names no file outside of the folder.
+        CannotWrite: the folder above is missing or may not be written to; or an OSError came out of the block, such as
+            a full disk, that names no file outside of the folder.
     """
     place = resolved(output)
     with ExitStack() as stack:

@@ -56,7 +56,7 @@ def test_version(cli: Cli) -> None:
     assert cli("--version") == (0, f"graphopt {graphopt.__version__}\n", "")
 
 
-# compile ----------------------------------------------------------------------------------------------------------------
+# compile -------------------------------------------------------------------------------------------------------------
 
 
 def test_compile_with_json(cli: Cli, model_file: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_pickled_module_only_when_trusted(cli: Cli, tmp_path: Path) -> None:
     assert cli("inspect", tmp_path / "module.pt", *shapes, "--unsafe-load")[0] == 0
 
 
-# Bad input --------------------------------------------------------------------------------------------------------------
+# Bad input -----------------------------------------------------------------------------------------------------------
 
 
 def bad_files(folder: Path, model: Path) -> dict[str, tuple[bytes, int, str]]:
@@ -244,7 +244,7 @@ def test_an_operating_system_error_is_no_internal_one(
     assert "somewhere: No space left on device" in err
 
 
-# run, inspect, targets --------------------------------------------------------------------------------------------------
+# run, inspect, targets -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

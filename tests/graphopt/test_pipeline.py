@@ -36,7 +36,7 @@ def test_bundle_computes_what_pytorch_does(small_bundle: graphopt.Bundle) -> Non
     found = small_bundle.manifest
     assert found.verification.passed
     assert found.flops > 0
-    assert [record.name for record in found.records][0] == "remove-noops"
+    assert found.records[0].name == "remove-noops"
 
 
 def test_same_input_gives_the_same_bytes(small_bundle: graphopt.Bundle, model_file: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_calibration(model_file: Path, tmp_path: Path) -> None:
         graphopt.compile(model_file, calibration=tmp_path / "bad.npz")
 
 
-# Nothing half-written ---------------------------------------------------------------------------------------------------
+# Nothing half-written ------------------------------------------------------------------------------------------------
 
 
 def test_a_failing_check_writes_nothing(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +141,10 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_a_file_size_limit_leaves_nothing(small_bundle: graphopt.Bundle, tmp_path: Path) -> None:
-    """The system refuses to let the weights grow: one error, exit code 5, nothing left. (The bundle of another model was
-    made before, so that the toolchain's own files are there.)"""
+    """The system refuses to let the weights grow: one error, exit code 5, nothing left.
+
+    The bundle of another model was made before, so that the toolchain's own files are there.
+    """
     (tmp_path / "out").mkdir()
     large = nn.Sequential(nn.Linear(1200, 1200))
     torch.export.save(torch.export.export(large, (torch.ones(1, 1200),)), tmp_path / "large.pt2")
@@ -176,7 +178,7 @@ def test_an_interrupted_compile_leaves_nothing(model_file: Path, tmp_path: Path,
     assert not os.listdir(tmp_path)
 
 
-# Refused at once --------------------------------------------------------------------------------------------------------
+# Refused at once -----------------------------------------------------------------------------------------------------
 
 
 def test_what_stands_in_the_way_is_seen_before_compiling(model_file: Path, tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_what_stands_in_the_way_is_seen_before_compiling(model_file: Path, tmp_p
         graphopt.compile(model_file, output=tmp_path / "mine")
     with pytest.raises(CannotWrite, match="there is no folder"):
         graphopt.compile(model_file, output=tmp_path / "none" / "x.bundle")
-    with pytest.raises(BadOption, match="cpu has no .wasm form"):
+    with pytest.raises(BadOption, match=r"cpu has no \.wasm form"):
         graphopt.compile(model_file, output=tmp_path / "x.wasm")
     with pytest.raises(BadOption, match="brings its own inputs"):
         graphopt.compile(graphopt.capture(model_file), example_inputs=small_inputs())
