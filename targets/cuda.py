@@ -2,7 +2,8 @@
 
 A library for one capability carries its machine code (cubin) and its PTX. The cubin runs on that capability and on
 later minor versions of the same major one; the driver compiles the PTX for anything newer when the library is loaded,
-if the driver is as new as the CUDA of the compiler. So `cuda` alone, sm_80, runs as it is on Ampere and Ada (sm_80, 86, 87, 89) and through PTX on Hopper and Blackwell.
+if the driver is as new as the CUDA of the compiler. So `cuda` alone, sm_80, runs as it is on Ampere and Ada (sm_80, 86,
+87, 89) and through PTX on Hopper and Blackwell.
 """
 
 from __future__ import annotations

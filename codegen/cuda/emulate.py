@@ -61,7 +61,8 @@ def host_source(source: str) -> str:
         ]
         arguments = ", ".join(f"*({t} *)a[{i}]" for i, t in enumerate(types))
         calls.append(
-            f"namespace {{\nstruct body_{kernel[1]} {{ static void run(void **a) {{ {kernel[1]}({arguments}); }} }};\n}}\n"
+            f"namespace {{ struct body_{kernel[1]} {{\n"
+            f"  static void run(void **a) {{ {kernel[1]}({arguments}); }}\n}}; }}\n"
             f'extern "C" int32_t emulated_{kernel[1]}(const uint32_t *geometry, void **a, uint32_t order) {{\n'
             f"  return simt::launch<body_{kernel[1]}>(geometry, {shared}, {str(bool(_WAITS.search(text))).lower()}, "
             "a, order);\n}\n"
@@ -82,9 +83,11 @@ def _place_shared(text: str) -> tuple[str, int]:
         alignment, dtype, name, count = int(match[1] or 16), match[2], match[3], int(match[4])
         at = -(-top // alignment) * alignment
         top = at + _BYTES[dtype] * count
-        return f"{dtype} (&{name})[{count}] = *reinterpret_cast<{dtype} (*)[{count}]>(simt::pool + {at});"
+        return f"{dtype} *{name} = reinterpret_cast<{dtype} *>(simt::pool + {at});"
 
     text = _SHARED.sub(static, text)
+    if not _DYNAMIC.search(text):
+        return text, top
     top = -(-top // 64) * 64
     return _DYNAMIC.sub(rf"\1 *\2 = reinterpret_cast<\1 *>(simt::pool + {top});", text), top
 
