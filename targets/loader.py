@@ -1,4 +1,4 @@
-"""The ES module loader of a WebAssembly bundle, and its types: runtime/loader.mjs and loader.d.ts filled in."""
+"""The ES module loader of a WebAssembly bundle, and its types: runtime/loader.mjs and loader.d.mts filled in."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def loader(artefact: Artefact, target: Target, runtime: Path) -> str:
 
 
 def declarations(artefact: Artefact, runtime: Path) -> str:
-    """The text of NAME.d.ts."""
+    """The text of NAME.d.mts: TypeScript looks for types of NAME.mjs under no other name."""
 
     def interface(specs: Sequence[TensorSpec]) -> str:
         return "\n".join(
@@ -57,7 +57,7 @@ def declarations(artefact: Artefact, runtime: Path) -> str:
             for s in specs
         )
 
-    template = (runtime / "loader.d.ts").read_text()
+    template = (runtime / "loader.d.mts").read_text()
     template = template.replace("  __INPUTS__: never;", interface(artefact.inputs))
     template = template.replace("  __OUTPUTS__: never;", interface(artefact.outputs))
     return template.replace("__NAME__", artefact.name)

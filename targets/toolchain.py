@@ -1,7 +1,7 @@
 """From an artefact to files that run: compile its C, add the runtime, link, and put weights and header beside it.
 
     cpu, arm, cuda    libNAME.so, libNAME.a, NAME.h, weights.bin; cuda also NAME.cubin, NAME.ptx, NAME.cu
-    wasm              NAME.wasm, NAME.mjs, NAME.d.ts, weights.bin
+    wasm              NAME.wasm, NAME.mjs, NAME.d.mts, weights.bin
 
 Everything is compiled under relative names in a folder of its own, so equal artefacts give equal bytes.
 """
@@ -72,7 +72,7 @@ def link(artefact: Artefact, target: Target, kind: str, folder: Path) -> dict[st
         if target.kind == "wasm":
             made = {"wasm": (f"{name}.wasm", _wasm(artefact, target, place))}
             made["module"] = (f"{name}.mjs", loader(artefact, target, runtime_folder()).encode())
-            made["types"] = (f"{name}.d.ts", declarations(artefact, runtime_folder()).encode())
+            made["types"] = (f"{name}.d.mts", declarations(artefact, runtime_folder()).encode())
         else:
             made = _elf(artefact, target, parts, place)
             made["header"] = (f"{name}.h", artefact.sources[f"{name}.h"].encode())

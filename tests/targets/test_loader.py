@@ -154,7 +154,7 @@ def test_a_failing_kernel_is_numbered(node, tmp_path):
 def test_types_are_this_models(linked):
     """Every input and output by name, with its array type; no placeholder is left."""
     folder, made = linked("wasm")
-    text = (folder / "tiny.d.ts").read_text()
+    text = (folder / "tiny.d.mts").read_text()
     assert text == declarations(made, runtime_folder())
     assert '  "x": Float32Array;' in text
     assert '  "ids": BigInt64Array;' in text
@@ -167,4 +167,4 @@ def test_every_dtype_has_an_array_in_both_languages():
     for file in ("loader.mjs", "run.mjs"):
         text = (runtime_folder() / file).read_text()
         assert all(f"{dtype}: {array}" in text for dtype, array in ARRAYS.items()), file
-    assert all(f'"{dtype}"' in (runtime_folder() / "loader.d.ts").read_text() for dtype in ARRAYS)
+    assert all(f'"{dtype}"' in (runtime_folder() / "loader.d.mts").read_text() for dtype in ARRAYS)
