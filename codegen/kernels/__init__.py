@@ -15,6 +15,7 @@ TEMPLATES: dict[str, str] = {
     "conv2d": "Conv2d",
     "layer_norm": "LayerNorm",
     "softmax": "Softmax",
+    "pool": "Pool",
 }
 
 

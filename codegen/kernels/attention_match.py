@@ -81,6 +81,8 @@ def _operator(flow: Dataflow, binding: relax.VarBinding) -> Found | Decline:
     call, where = binding.value, binding.var.name
     if call.attrs.window_size is not None:
         return Decline(where, "attention with a window")
+    if shape_of(call.args[1]) != shape_of(call.args[2]):
+        return Decline(where, "values of another size than the keys")
     q, k, v = (_operand(flow, a, last) for a, last in zip(call.args[:3], (False, False, True), strict=True))
     b, n, h, d = q.shape
     m = k.shape[1]
