@@ -17,6 +17,7 @@ import numpy as np
 from graphopt.arrays import Array, to_numpy
 from graphopt.bundle import Bundle
 from graphopt.errors import BadOption, ToolMissing, UnknownRival
+from graphopt.exported import arguments
 from graphopt.program import Program
 from graphopt.verify import TOLERANCES
 
@@ -52,10 +53,12 @@ def _needs(package: str, install: str) -> None:
         raise ToolMissing(tool=package, purpose="be compared with", install=install)
 
 
-def _tensors(program: Program, inputs: Mapping[str, Array]) -> list[Any]:
+def _graph(program: Program, inputs: Mapping[str, Array]) -> tuple[Any, list[Any]]:
+    """The graph as a module without state, and all that it takes: weights, then inputs."""
     import torch
 
-    return [torch.from_numpy(np.array(inputs[s.name])).to(s.torch_dtype) for s in program.inputs]
+    tensors = {s.name: torch.from_numpy(np.array(inputs[s.name])).to(s.torch_dtype) for s in program.inputs}
+    return program.exported.graph_module, list(arguments(program.exported, tensors))
 
 
 def torch_eager(program: Program, inputs: Mapping[str, Array], threads: int) -> Run:
@@ -63,7 +66,7 @@ def torch_eager(program: Program, inputs: Mapping[str, Array], threads: int) -> 
     import torch
 
     torch.set_num_threads(threads)
-    module, tensors = _module(program), _tensors(program, inputs)
+    module, tensors = _graph(program, inputs)
 
     def run() -> Any:
         with torch.inference_mode():
@@ -81,7 +84,8 @@ def torch_compile(program: Program, inputs: Mapping[str, Array], threads: int) -
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         raise ToolMissing(tool="a C++ compiler", purpose="run torch.compile", install="apt-get install g++")
     torch.set_num_threads(threads)
-    module, tensors = torch.compile(_module(program)), _tensors(program, inputs)
+    graph, tensors = _graph(program, inputs)
+    module = torch.compile(graph)
 
     def run() -> Any:
         with torch.inference_mode():
@@ -94,8 +98,12 @@ def to_onnx(program: Program) -> bytes:
     """The program as an ONNX file, inputs under their own names. Raises ToolMissing."""
     for package in ("onnxscript", "onnx"):
         _needs(package, "pip install 'graphopt[onnx]'")
+    import logging
+
     import torch
 
+    # It tells about every optional package that is not there.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     names = [spec.name for spec in program.inputs]
     exported = torch.onnx.export(program.exported, input_names=names, dynamo=True, verbose=False)
     assert exported is not None
@@ -116,10 +124,6 @@ def onnxruntime(program: Program, inputs: Mapping[str, Array], threads: int) -> 
     names = [item.name for item in session.get_inputs()]
     feed = dict(zip(names, (inputs[spec.name] for spec in program.inputs), strict=True))
     return lambda: session.run(None, feed)
-
-
-def _module(program: Program) -> Any:
-    return program.exported.module()
 
 
 RIVALS: dict[str, Rival] = {"torch": torch_eager, "torch-compile": torch_compile, "onnxruntime": onnxruntime}

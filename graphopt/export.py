@@ -21,6 +21,8 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "cuda": ("bundle", "shared", "static"),
     "wasm": ("bundle", "wasm"),
 }
+# Header and types; what else is in a bundle is either the library in another form or for its readers.
+_BESIDE = (".h", ".ts", ".mts")
 
 
 def name_for(output: str | os.PathLike[str]) -> str:
@@ -53,6 +55,6 @@ def export(bundle: Bundle, output: str | os.PathLike[str], kind: Kind) -> tuple[
                 text = source.read_text(encoding="utf-8").replace(f"./{WEIGHTS}", f"./{base}.{WEIGHTS}")
                 text = text.replace(f"./{bundle.name}.wasm", f"./{place.name}")
                 (stage / f"{base}.mjs").write_text(text, encoding="utf-8")
-            elif suffix not in SUFFIXES:
+            elif suffix in _BESIDE:
                 shutil.copyfile(source, stage / name.replace(bundle.name, base, 1))
         return tuple(publish_files(stage, place.parent))

@@ -14,7 +14,7 @@ from graphopt.arrays import fit_inputs, samples_in
 from graphopt.bundle import Bundle, check_replaceable, keep_while, load, new_bundle, open_runner, seal
 from graphopt.capture import capture
 from graphopt.cost import summary
-from graphopt.errors import BadOption, CannotWrite, OutputInTheWay
+from graphopt.errors import BadOption, CannotWrite, OutputInTheWay, ToolMissing
 from graphopt.export import KINDS, SUFFIXES, Kind, export, name_for
 from graphopt.manifest import NOT_VERIFIED, Manifest, Verification, versions
 from graphopt.program import Program
@@ -143,6 +143,7 @@ def compile(
 def build(source: Any, options: Options, *, progress: Progress | None = None) -> Result:
     """Carry out a compilation; `compile` says what is raised."""
     target = check_options(options)
+    check_tools(target, run=options.verify)
     step = progress or _silent
     if options.output is not None and options.kind == "bundle":
         with new_bundle(options.output) as stage:
@@ -214,6 +215,17 @@ def check_options(options: Options) -> Target:
         elif place.is_dir():
             raise OutputInTheWay(file=options.output, what="is a folder")
     return target
+
+
+def check_tools(target: Target, *, run: bool) -> None:
+    """Raises ToolMissing where the linker, or with `run` all that could run the target, is not installed here."""
+    from graphopt import targets
+    from graphopt.targets.zig import zig_installed
+
+    if not zig_installed():
+        raise ToolMissing(tool="ziglang", purpose=f"link for {target}", install="pip install ziglang")
+    if run and not targets.runners_of(target):
+        targets.open_runner(Path(), None, target)  # raises, with what is to be installed
 
 
 def plan(source: Any, options: Options, *, progress: Progress | None = None) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -215,6 +216,19 @@ def test_a_folder_without_permission(cli: Cli, model_file: Path, tmp_path: Path)
     code, _, err = cli("compile", model_file, "-o", tmp_path / "locked" / "x.bundle")
     assert code == Exit.IO_FAILED
     assert "Permission denied" in err
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="runs ARM code by itself")
+def test_a_missing_emulator(cli: Cli, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without qemu nothing can check ARM code: exit code 3 before anything is compiled, with what to install."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = cli("compile", model_file, "--target", "arm:cortex-a76", "-o", tmp_path / "x.bundle")
+    assert code == Exit.UNAVAILABLE
+    assert "qemu" in err
+    assert not os.listdir(tmp_path)
+    code, out, _ = cli("compile", model_file, "--target", "arm:cortex-a76", "--dry-run")
+    assert code == 0
+    assert "missing: " in out
 
 
 def test_internal_errors_are_one_line(cli: Cli, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
