@@ -96,6 +96,8 @@ def build(source: str, output: Path) -> None:
     """Compile CUDA C for this machine into the shared library `output`: a driver that knows these kernels.
 
     It has the functions of `host_source` and those of libcuda.so.1 that the launcher needs (`emulation/driver.h`).
+    Only a process that shall not meet a real driver may load it under that name: NVRTC, too, looks for a library so
+    named among those that are loaded, and crashes on this one.
 
     Raises:
         ToolMissing: zig is not installed.
@@ -110,7 +112,7 @@ def build(source: str, output: Path) -> None:
             # Contraction as nvcc does it; none of the traps that zig adds by default.
             *("-ffp-contract=fast", "-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing"),
             *("-fno-threadsafe-statics", "-nostdinc++", "-Iemulation", "-include", "simt.h", "-D__CUDA_ARCH__=900"),
-            *("-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "kernels.cc", "-lm", "-o", "kernels.so"),
+            *("-fPIC", "-shared", f"-Wl,-soname,{output.name}", "kernels.cc", "-lm", "-o", "kernels.so"),
         ]
         try:
             zig(arguments, place, name="the kernels", target="the CPU", purpose="check CUDA kernels")

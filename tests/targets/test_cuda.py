@@ -147,7 +147,18 @@ def test_a_c_program_can_use_it(folder, tmp_path):
         "  return context != NULL || MLP_WEIGHTS_BYTES != mlp_weights_bytes();\n}\n"
     )
     target = resolve("cuda:sm_80")
-    command = ["cc", "-target", target.zig, "-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+    command = [
+        "cc",
+        "-target",
+        target.zig,
+        "-O2",
+        "-fno-sanitize=all",
+        "-std=c11",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pedantic",
+    ]
     zig(
         [*command, f"-I{folder}", "main.c", str(folder / "libmlp.a"), "-ldl", "-o", "main"],
         tmp_path,
