@@ -1,192 +1,266 @@
-"""Chains of reshapes and transposes, reduced to the one transpose that they amount to.
-
-    reshape [197, 384] -> [197, 6, 64], permute [6, 197, 64], permute [197, 6, 64], reshape [197, 384]   ->   nothing
-    permute NHWC -> NCHW, reshape [c, h w], permute [h w, c]                                             ->   a reshape
-
-A chain is followed as strides into the chain's root: a reshape splits and groups (stride, extent) pairs, a transpose
-reorders them. What counts in the end is their order only. A reshape is free: it names the same bytes. Elementwise
-operators do not mind the order: they are computed on the root, and the view taken of their result.
-"""
+"""Layout operators as strides: what reshape, permute, slice and broadcast make of a tensor, without moving anything."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 from tvm import relax
-from tvm.ir import IRModule
 
-from graphopt.codegen.dataflow import Constant, dtype_of, is_tensor, op_of, shape_of
-from graphopt.codegen.rebuild import rebuild
-from graphopt.codegen.sink import ELEMENTWISE, Transposed, sink
+from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of, shape_of
 
-RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
-
-# (stride in elements of the root, extent); extents of one are left out.
-Factor = tuple[int, int]
+Factors = tuple[tuple[int, int], ...]  # (extent, stride) from the outermost in; a stride of 0 repeats
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as a reordering of the elements of a dense, row-major root: per dimension its factors, outermost first."""
+    """Elements of `base`, a dense tensor: each dimension is a product of strided factors."""
 
-    root: relax.Expr
-    dims: tuple[tuple[Factor, ...], ...]
+    base: relax.Expr
+    offset: int
+    dims: tuple[Factors, ...]
 
-    def permuted(self, axes: list[int]) -> View:
-        """The view with its dimensions in another order."""
-        return View(self.root, tuple(self.dims[a] for a in axes))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents."""
+        return tuple(math.prod(e for e, _ in dim) for dim in self.dims)
 
-    def reshaped(self, shape: tuple[int, ...]) -> View | None:
-        """The view under another shape; None where a new extent would cut a factor that it does not divide."""
-        rest = [factor for dim in self.dims for factor in dim][::-1]
-        dims: list[tuple[Factor, ...]] = []
-        for extent in shape:
-            taken: list[Factor] = []
-            while extent > 1:
-                stride, size = rest.pop()
-                if extent % size == 0:
-                    taken.append((stride, size))
-                    extent //= size
-                elif size % extent == 0:
-                    inner = size // extent
-                    taken.append((stride * inner, extent))
-                    rest.append((stride, inner))
-                    extent = 1
-                else:
-                    return None
-            dims.append(tuple(taken))
-        return View(self.root, tuple(dims))
+    def stride(self, dim: int) -> int | None:
+        """The one stride of a dimension; None if it has several."""
+        factors = self.dims[dim]
+        return 0 if not factors else factors[0][1] if len(factors) == 1 else None
 
-    def blocks(self) -> list[Factor]:
-        """The factors in the view's order, those that lie together in the root taken as one."""
-        blocks: list[Factor] = []
-        for stride, size in (factor for dim in self.dims for factor in dim):
-            if blocks and blocks[-1][0] == stride * size:
-                blocks[-1] = (stride, blocks[-1][1] * size)
-            else:
-                blocks.append((stride, size))
-        return blocks
+    def address(self, dim: int, index: Any) -> Any:
+        """What an index of a dimension adds to the address, in elements."""
+        total: Any = 0
+        inner = 1
+        for extent, stride in reversed(self.dims[dim]):
+            if stride:
+                digit = index if inner == 1 else index // inner
+                total = total + (digit % extent if inner * extent < self.shape[dim] else digit) * stride
+            inner *= extent
+        return total
 
-    def order(self) -> tuple[int, ...] | None:
-        """Which dimension of the root each dimension is, if the view is a transpose and does move something."""
-        root = root_view(self.root).dims
-        if len(root) != len(self.dims):
-            return None
-        free = [i for i, dim in enumerate(root) if not dim]
-        order = []
-        for dim in self.dims:
-            if dim and dim in root:
-                order.append(root.index(dim))
-            elif not dim and free:
-                order.append(free.pop(0))
+    def dense(self) -> bool:
+        """Whether the elements lie in the base in their own order, from its start, and are all of it."""
+        merged = _merge(tuple(f for dim in self.dims for f in dim))
+        whole = math.prod(shape_of(self.base)) == math.prod(self.shape)
+        return self.offset == 0 and whole and (not merged or (len(merged) == 1 and merged[0][1] == 1))
+
+
+def contiguous(expr: relax.Expr) -> View:
+    """A tensor as a view of itself."""
+    return View(expr, 0, dense_dims(shape_of(expr)))
+
+
+def dense_dims(shape: tuple[int, ...]) -> tuple[Factors, ...]:
+    """The dimensions of a dense tensor."""
+    dims: list[Factors] = []
+    stride = 1
+    for extent in reversed(shape):
+        dims.append(((extent, stride),) if extent != 1 else ())
+        stride *= extent
+    return tuple(reversed(dims))
+
+
+def view_of(flow: Dataflow, expr: relax.Expr, stop: relax.Var | None = None, scales: list[float] | None = None) -> View:
+    """Follow an expression back through layout operators, to `stop` at the furthest, as far as strides can say.
+
+    With a list of `scales`, products with a scalar are followed too, and the scalars are appended.
+    """
+    call = None if stop is not None and expr.same_as(stop) else flow.value(expr)
+    if call is not None and not isinstance(call, relax.Var):
+        source, rule = _rule(flow, call)
+        if source is None and scales is not None:
+            factor, source = _scaled(flow, call)
+            if source is not None:
+                scales.append(factor)
+                return view_of(flow, source, stop, scales)
+        if source is not None:
+            seen = rule(view_of(flow, source, stop, scales))
+            if seen is None:  # not by strides: then at least from where it is a tensor of its own
+                seen = rule(contiguous(source))
+            if seen is not None:
+                return seen
+    return contiguous(expr)
+
+
+def _scaled(flow: Dataflow, call: relax.Expr) -> tuple[float, relax.Expr | None]:
+    op = op_of(call)
+    if op not in ("relax.multiply", "relax.divide"):
+        return 1.0, None
+    right = flow.scalar(call.args[1])
+    if right is not None and shape_of(call.args[0]) == shape_of(call):
+        return (right if op == "relax.multiply" else 1 / right), call.args[0]
+    left = flow.scalar(call.args[0]) if op == "relax.multiply" else None
+    if left is not None and shape_of(call.args[1]) == shape_of(call):
+        return left, call.args[1]
+    return 1.0, None
+
+
+def _rule(flow: Dataflow, call: relax.Expr) -> tuple[relax.Expr | None, Any]:
+    """The tensor that a layout operator looks at, and what it does to a view of it."""
+    if isinstance(call, relax.TupleGetItem):
+        split = flow.value(call.tuple_value)
+        if op_of(split) == "relax.split":
+            return split.args[0], lambda v: _piece(v, split, call.index)
+        return None, None
+    op = op_of(call)
+    if op in ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten"):
+        return call.args[0], lambda v: reshaped(v, shape_of(call))
+    if op == "relax.permute_dims":
+        rank = len(shape_of(call))
+        axes = [int(a) % rank for a in call.attrs.axes] if call.attrs.axes else list(reversed(range(rank)))
+        return call.args[0], lambda v: View(v.base, v.offset, tuple(v.dims[a] for a in axes))
+    if op == "relax.broadcast_to":
+        return call.args[0], lambda v: _broadcast(v, shape_of(call))
+    if op == "relax.repeat" and call.attrs.axis is not None:
+        return call.args[0], lambda v: _repeat(v, int(call.attrs.axis), int(call.attrs.repeats))
+    if op == "relax.strided_slice" and not call.attrs.assume_inbound:
+        return call.args[0], lambda v: _slices(v, call)
+    if op == "relax.astype" and dtype_of(call) == dtype_of(call.args[0]):
+        return call.args[0], lambda v: v
+    return None, None
+
+
+def _merge(factors: Factors) -> Factors:
+    """Join neighbours that count on from each other."""
+    merged: list[tuple[int, int]] = []
+    for extent, stride in factors:
+        if extent == 1:
+            continue
+        if merged and merged[-1][1] == stride * extent:
+            merged[-1] = (merged[-1][0] * extent, stride)
+        else:
+            merged.append((extent, stride))
+    return tuple(merged)
+
+
+def reshaped(view: View, shape: tuple[int, ...]) -> View | None:
+    """The same elements with other extents; None where strides cannot say it."""
+    left = list(_merge(tuple(f for dim in view.dims for f in dim)))
+    dims: list[Factors] = []
+    for extent in shape:
+        taken: list[tuple[int, int]] = []
+        needed = extent
+        while needed > 1:
+            size, stride = left.pop(0)
+            if needed % size == 0:
+                taken.append((size, stride))
+                needed //= size
+            elif size % needed == 0:
+                taken.append((needed, stride * (size // needed)))
+                left.insert(0, (size // needed, stride))
+                needed = 1
             else:
                 return None
-        return tuple(order) if order != sorted(order) else None
+        dims.append(_merge(tuple(taken)))
+    return View(view.base, view.offset, tuple(dims))
 
 
-def root_view(expr: relax.Expr) -> View:
-    """A tensor as a view of itself."""
-    shape = shape_of(expr)
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return View(expr, tuple(((stride, n),) if n > 1 else () for stride, n in zip(strides, shape, strict=True)))
+def _broadcast(view: View, shape: tuple[int, ...]) -> View:
+    dims = [()] * (len(shape) - len(view.dims)) + list(view.dims)
+    grown = [((extent, 0),) if not dim and extent > 1 else dim for dim, extent in zip(dims, shape, strict=True)]
+    return View(view.base, view.offset, tuple(grown))
 
 
-def simplify_views(module: IRModule) -> IRModule:
-    """Replace each chain of reshapes and transposes by at most reshape, transpose, reshape of the chain's root."""
-    views: dict[relax.Var, View] = {}
+def _repeat(view: View, axis: int, times: int) -> View:
+    dims = list(view.dims)
+    dims[axis] = _merge((*dims[axis], (times, 0)))
+    return View(view.base, view.offset, tuple(dims))
 
-    def transposed(expr: relax.Expr) -> Transposed | None:
-        view = views.get(expr) if isinstance(expr, relax.Var) else None
-        order = view.order() if view else None
-        return Transposed(view.root, order) if view and order else None
 
-    def remember(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
-        new = _emit(view, shape, builder)
-        if isinstance(new, relax.Var):
-            views[new] = view
-        return new
+def _cut(view: View, axis: int, begin: int, count: int) -> View | None:
+    """`count` indices of a dimension, from `begin`."""
+    factors = view.dims[axis]
+    if count == view.shape[axis]:
+        return view
+    if len(factors) != 1:
+        return None
+    stride = factors[0][1]
+    kept: Factors = ((count, stride),) if count != 1 else ()
+    dims = (*view.dims[:axis], kept, *view.dims[axis + 1 :])
+    return View(view.base, view.offset + begin * stride, dims)
 
-    def sunk(value: relax.Call, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr | None:
-        """The operator moved in front of its arguments' transposes or reshapes, if it can be."""
-        tensors = [t for a in value.args for t in (a.fields if isinstance(a, relax.Tuple) else [a]) if is_tensor(t)]
-        seen = next((t for t in map(transposed, tensors) if t), None)
-        if seen is None:
-            return same_view(value, tensors, shape, builder)
 
-        def reorder(expr: relax.Expr) -> relax.Expr:
-            other = transposed(expr)
-            if other and other.order == seen.order:
-                return other.root
-            if len(shape_of(expr)) != len(seen.order):
-                return expr
-            axes = [seen.order.index(d) for d in range(len(seen.order))]
-            before = views.get(expr) if isinstance(expr, relax.Var) else None
-            return remember((before or root_view(expr)).permuted(axes), tuple(shape_of(expr)[a] for a in axes), builder)
+def _piece(view: View, split: relax.Call, index: int) -> View | None:
+    axis = int(split.attrs.axis) % len(view.dims)
+    whole = view.shape[axis]
+    sections = split.attrs.indices_or_sections
+    if isinstance(sections, int) or not hasattr(sections, "__len__"):
+        size = -(-whole // int(sections))
+        cuts = [*range(0, whole, size), whole]
+    else:
+        cuts = [0, *(int(c) for c in sections), whole]
+    return _cut(view, axis, cuts[index], cuts[index + 1] - cuts[index])
 
-        new = sink(value, seen, reorder, builder.emit)
-        return remember(root_view(new.root).permuted(list(new.order)), shape, builder) if new else None
 
-    def same_view(
-        value: relax.Call, tensors: list[relax.Expr], shape: tuple[int, ...], builder: relax.BlockBuilder
-    ) -> relax.Expr | None:
-        """An elementwise operator on views of one kind becomes a view of the operator on the roots."""
-        if op_of(value) not in ELEMENTWISE:
+def _slices(view: View, call: relax.Call) -> View | None:
+    found = [_integers(a) for a in call.args[1:]]
+    fields = [f for f in found if f is not None]
+    if len(fields) < max(3, len(found)):
+        return None
+    axes, begins, ends = fields[:3]
+    strides = fields[3] if len(fields) > 3 else [1] * len(axes)
+    if any(s != 1 for s in strides):
+        return None
+    seen: View | None = view
+    for axis, begin, end in zip(axes, begins, ends, strict=True):
+        axis %= len(view.dims)
+        whole = view.shape[axis]
+        start, stop = (min(max(i + whole if i < 0 else i, 0), whole) for i in (begin, end))
+        seen = _cut(seen, axis, start, stop - start) if seen is not None and stop > start else None
+    return seen
+
+
+def _integers(expr: relax.Expr) -> list[int] | None:
+    if not isinstance(expr, relax.Tuple):
+        return None
+    values = [getattr(f, "value", f) for f in expr.fields]
+    return [int(getattr(v, "value", v)) for v in values]
+
+
+def trail(flow: Dataflow, var: relax.Var) -> list[relax.Var]:
+    """Variables that only look differently at a value, each the sole reader of the one before; `var` comes first."""
+    chain = [var]
+    while (user := flow.sole_user(chain[-1])) is not None:
+        source, _ = _rule(flow, user.value)
+        if source is None or not is_tensor(user.var) or isinstance(user.value, relax.TupleGetItem):
+            break
+        chain.append(user.var)
+    return chain
+
+
+def written_as(flow: Dataflow, var: relax.Var, seen: relax.Var, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides with which to write `var`, taken as `shape`, so that memory is `seen`, a view of it, in dense order."""
+    view = view_of(flow, seen, stop=var)
+    if not view.base.same_as(var) or math.prod(view.shape) != math.prod(shape_of(var)) or view.offset:
+        return None
+    at: dict[int, tuple[int, int]] = {}  # stride in var's own dense order: extent, stride in seen's dense order
+    stride = 1
+    for extent, source in reversed([f for dim in view.dims for f in dim]):
+        at[source] = (extent, stride)
+        stride *= extent
+    result: list[int] = []
+    for factors in dense_dims(shape):
+        if not factors:
+            result.append(0)
+            continue
+        (extent, own) = factors[0]
+        parts: list[tuple[int, int]] = []
+        while extent > 1:
+            start = next((o for o, (size, _) in at.items() if o <= own < o * size and own % o == 0), None)
+            if start is None:
+                return None
+            size, to = at[start]
+            taken = min(extent, start * size // own)
+            if extent % taken:
+                return None
+            parts.insert(0, (taken, to * (own // start)))
+            own, extent = own * taken, extent // taken
+        merged = _merge(tuple(parts))
+        if len(merged) != 1:
             return None
-        found = {t: views.get(t) for t in tensors if not _is_scalar(t)}
-        kinds = {(view.dims, shape_of(view.root)) if view else None for view in found.values()}
-        if None in kinds or len(kinds) != 1 or len({shape_of(t) for t in found}) != 1:
-            return None
-        args = [a if not is_tensor(a) else found[a].root if a in found else _flat(a) for a in value.args]
-        root = builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
-        return remember(View(root, next(iter(kinds))[0]), shape, builder)
-
-    def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
-        op = op_of(value)
-        if op not in RESHAPES and op != "relax.permute_dims":
-            new = sunk(value, shape_of(binding.var), builder) if op and is_tensor(binding.var) else None
-            return value if new is None else new
-        source, shape = value.args[0], shape_of(binding.var)
-        before = views.get(source) or root_view(source)
-        if 0 in shape:
-            return value
-        if op == "relax.permute_dims":
-            after = before.permuted([int(a) for a in value.attrs.axes or range(len(shape))[::-1]])
-        else:
-            after = before.reshaped(shape) or root_view(source).reshaped(shape)
-        if after is None:
-            return _reshape(source, shape, builder)
-        return remember(after, shape, builder)
-
-    return rebuild(module, rewrite)
-
-
-def _emit(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
-    """The fewest operators that turn the view's root into `shape`."""
-    blocks = view.blocks()
-    in_root = sorted(blocks, reverse=True)  # the larger the stride, the further out
-    value = view.root
-    if in_root != blocks:
-        value = _reshape(value, tuple(size for _, size in in_root), builder)
-        value = builder.emit(relax.op.permute_dims(value, [in_root.index(block) for block in blocks]))
-    return _reshape(value, shape, builder)
-
-
-def _is_scalar(expr: relax.Expr) -> bool:
-    return isinstance(expr, Constant) and math.prod(shape_of(expr)) == 1
-
-
-def _flat(scalar: relax.Expr) -> relax.Expr:
-    """A constant with one element without its rank, so that it broadcasts to anything; other tensors as they are."""
-    if not isinstance(scalar, Constant):
-        return scalar
-    return relax.const(scalar.value.numpy().reshape(()), dtype_of(scalar))
-
-
-def _reshape(value: relax.Expr, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
-    if shape_of(value) == shape:
-        return value
-    if isinstance(value, Constant):
-        return relax.const(np.reshape(value.value.numpy(), shape), dtype_of(value))
-    return builder.emit(relax.op.reshape(value, shape))
+        result.append(merged[0][1])
+    return tuple(result)

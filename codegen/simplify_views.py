@@ -1,0 +1,192 @@
+"""Chains of reshapes and transposes, reduced to the one transpose that they amount to.
+
+    reshape [197, 384] -> [197, 6, 64], permute [6, 197, 64], permute [197, 6, 64], reshape [197, 384]   ->   nothing
+    permute NHWC -> NCHW, reshape [c, h w], permute [h w, c]                                             ->   a reshape
+
+A chain is followed as strides into the chain's root: a reshape splits and groups (stride, extent) pairs, a transpose
+reorders them. What counts in the end is their order only. A reshape is free: it names the same bytes. Elementwise
+operators do not mind the order: they are computed on the root, and the view taken of their result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import relax
+from tvm.ir import IRModule
+
+from graphopt.codegen.dataflow import Constant, dtype_of, is_tensor, op_of, shape_of
+from graphopt.codegen.rebuild import rebuild
+from graphopt.codegen.sink import ELEMENTWISE, Transposed, sink
+
+RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+
+# (stride in elements of the root, extent); extents of one are left out.
+Factor = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a reordering of the elements of a dense, row-major root: per dimension its factors, outermost first."""
+
+    root: relax.Expr
+    dims: tuple[tuple[Factor, ...], ...]
+
+    def permuted(self, axes: list[int]) -> View:
+        """The view with its dimensions in another order."""
+        return View(self.root, tuple(self.dims[a] for a in axes))
+
+    def reshaped(self, shape: tuple[int, ...]) -> View | None:
+        """The view under another shape; None where a new extent would cut a factor that it does not divide."""
+        rest = [factor for dim in self.dims for factor in dim][::-1]
+        dims: list[tuple[Factor, ...]] = []
+        for extent in shape:
+            taken: list[Factor] = []
+            while extent > 1:
+                stride, size = rest.pop()
+                if extent % size == 0:
+                    taken.append((stride, size))
+                    extent //= size
+                elif size % extent == 0:
+                    inner = size // extent
+                    taken.append((stride * inner, extent))
+                    rest.append((stride, inner))
+                    extent = 1
+                else:
+                    return None
+            dims.append(tuple(taken))
+        return View(self.root, tuple(dims))
+
+    def blocks(self) -> list[Factor]:
+        """The factors in the view's order, those that lie together in the root taken as one."""
+        blocks: list[Factor] = []
+        for stride, size in (factor for dim in self.dims for factor in dim):
+            if blocks and blocks[-1][0] == stride * size:
+                blocks[-1] = (stride, blocks[-1][1] * size)
+            else:
+                blocks.append((stride, size))
+        return blocks
+
+    def order(self) -> tuple[int, ...] | None:
+        """Which dimension of the root each dimension is, if the view is a transpose and does move something."""
+        root = root_view(self.root).dims
+        if len(root) != len(self.dims):
+            return None
+        free = [i for i, dim in enumerate(root) if not dim]
+        order = []
+        for dim in self.dims:
+            if dim and dim in root:
+                order.append(root.index(dim))
+            elif not dim and free:
+                order.append(free.pop(0))
+            else:
+                return None
+        return tuple(order) if order != sorted(order) else None
+
+
+def root_view(expr: relax.Expr) -> View:
+    """A tensor as a view of itself."""
+    shape = shape_of(expr)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return View(expr, tuple(((stride, n),) if n > 1 else () for stride, n in zip(strides, shape, strict=True)))
+
+
+def simplify_views(module: IRModule) -> IRModule:
+    """Replace each chain of reshapes and transposes by at most reshape, transpose, reshape of the chain's root."""
+    views: dict[relax.Var, View] = {}
+
+    def transposed(expr: relax.Expr) -> Transposed | None:
+        view = views.get(expr) if isinstance(expr, relax.Var) else None
+        order = view.order() if view else None
+        return Transposed(view.root, order) if view and order else None
+
+    def remember(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
+        new = _emit(view, shape, builder)
+        if isinstance(new, relax.Var):
+            views[new] = view
+        return new
+
+    def sunk(value: relax.Call, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr | None:
+        """The operator moved in front of its arguments' transposes or reshapes, if it can be."""
+        tensors = [t for a in value.args for t in (a.fields if isinstance(a, relax.Tuple) else [a]) if is_tensor(t)]
+        seen = next((t for t in map(transposed, tensors) if t), None)
+        if seen is None:
+            return same_view(value, tensors, shape, builder)
+
+        def reorder(expr: relax.Expr) -> relax.Expr:
+            other = transposed(expr)
+            if other and other.order == seen.order:
+                return other.root
+            if len(shape_of(expr)) != len(seen.order):
+                return expr
+            axes = [seen.order.index(d) for d in range(len(seen.order))]
+            before = views.get(expr) if isinstance(expr, relax.Var) else None
+            return remember((before or root_view(expr)).permuted(axes), tuple(shape_of(expr)[a] for a in axes), builder)
+
+        new = sink(value, seen, reorder, builder.emit)
+        return remember(root_view(new.root).permuted(list(new.order)), shape, builder) if new else None
+
+    def same_view(
+        value: relax.Call, tensors: list[relax.Expr], shape: tuple[int, ...], builder: relax.BlockBuilder
+    ) -> relax.Expr | None:
+        """An elementwise operator on views of one kind becomes a view of the operator on the roots."""
+        if op_of(value) not in ELEMENTWISE:
+            return None
+        found = {t: views.get(t) for t in tensors if not _is_scalar(t)}
+        kinds = {(view.dims, shape_of(view.root)) if view else None for view in found.values()}
+        if None in kinds or len(kinds) != 1 or len({shape_of(t) for t in found}) != 1:
+            return None
+        args = [a if not is_tensor(a) else found[a].root if a in found else _flat(a) for a in value.args]
+        root = builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
+        return remember(View(root, next(iter(kinds))[0]), shape, builder)
+
+    def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
+        op = op_of(value)
+        if op not in RESHAPES and op != "relax.permute_dims":
+            new = sunk(value, shape_of(binding.var), builder) if op and is_tensor(binding.var) else None
+            return value if new is None else new
+        source, shape = value.args[0], shape_of(binding.var)
+        before = views.get(source) or root_view(source)
+        if 0 in shape:
+            return value
+        if op == "relax.permute_dims":
+            after = before.permuted([int(a) for a in value.attrs.axes or range(len(shape))[::-1]])
+        else:
+            after = before.reshaped(shape) or root_view(source).reshaped(shape)
+        if after is None:
+            return _reshape(source, shape, builder)
+        return remember(after, shape, builder)
+
+    return rebuild(module, rewrite)
+
+
+def _emit(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
+    """The fewest operators that turn the view's root into `shape`."""
+    blocks = view.blocks()
+    in_root = sorted(blocks, reverse=True)  # the larger the stride, the further out
+    value = view.root
+    if in_root != blocks:
+        value = _reshape(value, tuple(size for _, size in in_root), builder)
+        value = builder.emit(relax.op.permute_dims(value, [in_root.index(block) for block in blocks]))
+    return _reshape(value, shape, builder)
+
+
+def _is_scalar(expr: relax.Expr) -> bool:
+    return isinstance(expr, Constant) and math.prod(shape_of(expr)) == 1
+
+
+def _flat(scalar: relax.Expr) -> relax.Expr:
+    """A constant with one element without its rank, so that it broadcasts to anything; other tensors as they are."""
+    if not isinstance(scalar, Constant):
+        return scalar
+    return relax.const(scalar.value.numpy().reshape(()), dtype_of(scalar))
+
+
+def _reshape(value: relax.Expr, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
+    if shape_of(value) == shape:
+        return value
+    if isinstance(value, Constant):
+        return relax.const(np.reshape(value.value.numpy(), shape), dtype_of(value))
+    return builder.emit(relax.op.reshape(value, shape))
