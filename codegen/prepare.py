@@ -9,7 +9,7 @@ from graphopt.codegen.channels_last import channels_last
 from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of
 from graphopt.codegen.importer import to_relax
 from graphopt.codegen.rebuild import rebuild
-from graphopt.codegen.views import simplify_views
+from graphopt.codegen.simplify_views import simplify_views
 from graphopt.program import Program
 from graphopt.targets.target import Target
 

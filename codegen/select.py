@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm import relax
 from tvm.ir import IRModule
 
-from graphopt.codegen.dataflow import Dataflow, op_of
+from graphopt.codegen.dataflow import Dataflow, is_tensor, op_of
 from graphopt.codegen.kernels import templates
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.rebuild import rebuild
@@ -56,7 +56,8 @@ def select(module: IRModule, target: Target) -> Selection:
         call = at.get(binding.var)
         if call is None:
             return value
-        return relax.call_dps_packed(names[binding.var], relax.Tuple(list(call.inputs)), out_ty=binding.var.ty)
+        kinds = [binding.var.ty] if is_tensor(binding.var) else list(binding.var.ty.fields)
+        return relax.call_dps_packed(names[binding.var], relax.Tuple(list(call.inputs)), out_ty=kinds)
 
     calls = {names[var]: call for var, call in at.items()}
     return Selection(rebuild(module, rewrite), calls, tuple(declined))

@@ -3,7 +3,7 @@
     reshape [197, 384] -> [197, 6, 64], permute [6, 197, 64], permute [197, 6, 64], reshape [197, 384]   ->   nothing
     permute NHWC -> NCHW, reshape [c, h w], permute [h w, c]                                             ->   a reshape
 
-A chain is followed as strides into the chain's root: a reshape splits and groups (stride, extent) pairs, a transpose
+A chain is followed as strides into the chain's root: a reshape splits and groups (extent, stride) pairs, a transpose
 reorders them. What counts in the end is their order only. A reshape is free: it names the same bytes. Elementwise
 operators do not mind the order: they are computed on the root, and the view taken of their result.
 """
@@ -11,7 +11,6 @@ operators do not mind the order: they are computed on the root, and the view tak
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from tvm import relax
@@ -20,78 +19,7 @@ from tvm.ir import IRModule
 from graphopt.codegen.dataflow import Constant, dtype_of, is_tensor, op_of, shape_of
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.sink import ELEMENTWISE, Transposed, sink
-
-RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
-
-# (stride in elements of the root, extent); extents of one are left out.
-Factor = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor as a reordering of the elements of a dense, row-major root: per dimension its factors, outermost first."""
-
-    root: relax.Expr
-    dims: tuple[tuple[Factor, ...], ...]
-
-    def permuted(self, axes: list[int]) -> View:
-        """The view with its dimensions in another order."""
-        return View(self.root, tuple(self.dims[a] for a in axes))
-
-    def reshaped(self, shape: tuple[int, ...]) -> View | None:
-        """The view under another shape; None where a new extent would cut a factor that it does not divide."""
-        rest = [factor for dim in self.dims for factor in dim][::-1]
-        dims: list[tuple[Factor, ...]] = []
-        for extent in shape:
-            taken: list[Factor] = []
-            while extent > 1:
-                stride, size = rest.pop()
-                if extent % size == 0:
-                    taken.append((stride, size))
-                    extent //= size
-                elif size % extent == 0:
-                    inner = size // extent
-                    taken.append((stride * inner, extent))
-                    rest.append((stride, inner))
-                    extent = 1
-                else:
-                    return None
-            dims.append(tuple(taken))
-        return View(self.root, tuple(dims))
-
-    def blocks(self) -> list[Factor]:
-        """The factors in the view's order, those that lie together in the root taken as one."""
-        blocks: list[Factor] = []
-        for stride, size in (factor for dim in self.dims for factor in dim):
-            if blocks and blocks[-1][0] == stride * size:
-                blocks[-1] = (stride, blocks[-1][1] * size)
-            else:
-                blocks.append((stride, size))
-        return blocks
-
-    def order(self) -> tuple[int, ...] | None:
-        """Which dimension of the root each dimension is, if the view is a transpose and does move something."""
-        root = root_view(self.root).dims
-        if len(root) != len(self.dims):
-            return None
-        free = [i for i, dim in enumerate(root) if not dim]
-        order = []
-        for dim in self.dims:
-            if dim and dim in root:
-                order.append(root.index(dim))
-            elif not dim and free:
-                order.append(free.pop(0))
-            else:
-                return None
-        return tuple(order) if order != sorted(order) else None
-
-
-def root_view(expr: relax.Expr) -> View:
-    """A tensor as a view of itself."""
-    shape = shape_of(expr)
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return View(expr, tuple(((stride, n),) if n > 1 else () for stride, n in zip(strides, shape, strict=True)))
-
+from graphopt.codegen.views import RESHAPES, View, contiguous, merged, permuted, reshaped
 
 def simplify_views(module: IRModule) -> IRModule:
     """Replace each chain of reshapes and transposes by at most reshape, transpose, reshape of the chain's root."""
@@ -99,8 +27,8 @@ def simplify_views(module: IRModule) -> IRModule:
 
     def transposed(expr: relax.Expr) -> Transposed | None:
         view = views.get(expr) if isinstance(expr, relax.Var) else None
-        order = view.order() if view else None
-        return Transposed(view.root, order) if view and order else None
+        order = _order(view) if view else None
+        return Transposed(view.base, order) if view and order else None
 
     def remember(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
         new = _emit(view, shape, builder)
@@ -123,10 +51,11 @@ def simplify_views(module: IRModule) -> IRModule:
                 return expr
             axes = [seen.order.index(d) for d in range(len(seen.order))]
             before = views.get(expr) if isinstance(expr, relax.Var) else None
-            return remember((before or root_view(expr)).permuted(axes), tuple(shape_of(expr)[a] for a in axes), builder)
+            shape = tuple(shape_of(expr)[a] for a in axes)
+            return remember(permuted(before or contiguous(expr), axes), shape, builder)
 
         new = sink(value, seen, reorder, builder.emit)
-        return remember(root_view(new.root).permuted(list(new.order)), shape, builder) if new else None
+        return remember(permuted(contiguous(new.root), new.order), shape, builder) if new else None
 
     def same_view(
         value: relax.Call, tensors: list[relax.Expr], shape: tuple[int, ...], builder: relax.BlockBuilder
@@ -135,12 +64,12 @@ def simplify_views(module: IRModule) -> IRModule:
         if op_of(value) not in ELEMENTWISE:
             return None
         found = {t: views.get(t) for t in tensors if not _is_scalar(t)}
-        kinds = {(view.dims, shape_of(view.root)) if view else None for view in found.values()}
+        kinds = {(view.dims, shape_of(view.base)) if view else None for view in found.values()}
         if None in kinds or len(kinds) != 1 or len({shape_of(t) for t in found}) != 1:
             return None
-        args = [a if not is_tensor(a) else found[a].root if a in found else _flat(a) for a in value.args]
+        args = [a if not is_tensor(a) else found[a].base if a in found else _flat(a) for a in value.args]
         root = builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
-        return remember(View(root, next(iter(kinds))[0]), shape, builder)
+        return remember(View(root, 0, next(iter(kinds))[0]), shape, builder)
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
         op = op_of(value)
@@ -148,13 +77,13 @@ def simplify_views(module: IRModule) -> IRModule:
             new = sunk(value, shape_of(binding.var), builder) if op and is_tensor(binding.var) else None
             return value if new is None else new
         source, shape = value.args[0], shape_of(binding.var)
-        before = views.get(source) or root_view(source)
+        before = views.get(source) or contiguous(source)
         if 0 in shape:
             return value
         if op == "relax.permute_dims":
-            after = before.permuted([int(a) for a in value.attrs.axes or range(len(shape))[::-1]])
+            after = permuted(before, [int(a) for a in value.attrs.axes or range(len(shape))[::-1]])
         else:
-            after = before.reshaped(shape) or root_view(source).reshaped(shape)
+            after = reshaped(before, shape) or reshaped(contiguous(source), shape)
         if after is None:
             return _reshape(source, shape, builder)
         return remember(after, shape, builder)
@@ -164,13 +93,30 @@ def simplify_views(module: IRModule) -> IRModule:
 
 def _emit(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
     """The fewest operators that turn the view's root into `shape`."""
-    blocks = view.blocks()
-    in_root = sorted(blocks, reverse=True)  # the larger the stride, the further out
-    value = view.root
+    blocks = merged(factor for dim in view.dims for factor in dim)
+    in_root = tuple(sorted(blocks, key=lambda block: -block[1]))  # the larger the stride, the further out
+    value = view.base
     if in_root != blocks:
-        value = _reshape(value, tuple(size for _, size in in_root), builder)
+        value = _reshape(value, tuple(extent for extent, _ in in_root), builder)
         value = builder.emit(relax.op.permute_dims(value, [in_root.index(block) for block in blocks]))
     return _reshape(value, shape, builder)
+
+
+def _order(view: View) -> tuple[int, ...] | None:
+    """Which dimension of the root each dimension is, if the view is a transpose and does move something."""
+    root = contiguous(view.base).dims
+    if len(root) != len(view.dims):
+        return None
+    free = [i for i, dim in enumerate(root) if not dim]
+    order = []
+    for dim in view.dims:
+        if dim and dim in root:
+            order.append(root.index(dim))
+        elif not dim and free:
+            order.append(free.pop(0))
+        else:
+            return None
+    return tuple(order) if order != sorted(order) else None
 
 
 def _is_scalar(expr: relax.Expr) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ from tvm import relax
 
 from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of, shape_of
 
-Factors = tuple[tuple[int, int], ...]  # (extent, stride) from the outermost in; a stride of 0 repeats
+RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+
+# (extent, stride) from the outermost in; a stride of 0 repeats. Extents of one are left out.
+Factors = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,9 @@ class View:
 
     def dense(self) -> bool:
         """Whether the elements lie in the base in their own order, from its start, and are all of it."""
-        merged = _merge(tuple(f for dim in self.dims for f in dim))
+        runs = merged(f for dim in self.dims for f in dim)
         whole = math.prod(shape_of(self.base)) == math.prod(self.shape)
-        return self.offset == 0 and whole and (not merged or (len(merged) == 1 and merged[0][1] == 1))
+        return self.offset == 0 and whole and (not runs or (len(runs) == 1 and runs[0][1] == 1))
 
 
 def contiguous(expr: relax.Expr) -> View:
@@ -107,12 +111,12 @@ def _rule(flow: Dataflow, call: relax.Expr) -> tuple[relax.Expr | None, Any]:
             return split.args[0], lambda v: _piece(v, split, call.index)
         return None, None
     op = op_of(call)
-    if op in ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten"):
+    if op in RESHAPES:
         return call.args[0], lambda v: reshaped(v, shape_of(call))
     if op == "relax.permute_dims":
         rank = len(shape_of(call))
         axes = [int(a) % rank for a in call.attrs.axes] if call.attrs.axes else list(reversed(range(rank)))
-        return call.args[0], lambda v: View(v.base, v.offset, tuple(v.dims[a] for a in axes))
+        return call.args[0], lambda v: permuted(v, axes)
     if op == "relax.broadcast_to":
         return call.args[0], lambda v: _broadcast(v, shape_of(call))
     if op == "relax.repeat" and call.attrs.axis is not None:
@@ -124,22 +128,27 @@ def _rule(flow: Dataflow, call: relax.Expr) -> tuple[relax.Expr | None, Any]:
     return None, None
 
 
-def _merge(factors: Factors) -> Factors:
+def permuted(view: View, axes: Sequence[int]) -> View:
+    """The view with its dimensions in another order."""
+    return View(view.base, view.offset, tuple(view.dims[a] for a in axes))
+
+
+def merged(factors: Iterable[tuple[int, int]]) -> Factors:
     """Join neighbours that count on from each other."""
-    merged: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
     for extent, stride in factors:
         if extent == 1:
             continue
-        if merged and merged[-1][1] == stride * extent:
-            merged[-1] = (merged[-1][0] * extent, stride)
+        if runs and runs[-1][1] == stride * extent:
+            runs[-1] = (runs[-1][0] * extent, stride)
         else:
-            merged.append((extent, stride))
-    return tuple(merged)
+            runs.append((extent, stride))
+    return tuple(runs)
 
 
 def reshaped(view: View, shape: tuple[int, ...]) -> View | None:
     """The same elements with other extents; None where strides cannot say it."""
-    left = list(_merge(tuple(f for dim in view.dims for f in dim)))
+    left = list(merged(f for dim in view.dims for f in dim))
     dims: list[Factors] = []
     for extent in shape:
         taken: list[tuple[int, int]] = []
@@ -155,7 +164,7 @@ def reshaped(view: View, shape: tuple[int, ...]) -> View | None:
                 needed = 1
             else:
                 return None
-        dims.append(_merge(tuple(taken)))
+        dims.append(merged(taken))
     return View(view.base, view.offset, tuple(dims))
 
 
@@ -167,7 +176,7 @@ def _broadcast(view: View, shape: tuple[int, ...]) -> View:
 
 def _repeat(view: View, axis: int, times: int) -> View:
     dims = list(view.dims)
-    dims[axis] = _merge((*dims[axis], (times, 0)))
+    dims[axis] = merged((*dims[axis], (times, 0)))
     return View(view.base, view.offset, tuple(dims))
 
 
@@ -259,8 +268,8 @@ def written_as(flow: Dataflow, var: relax.Var, seen: relax.Var, shape: tuple[int
                 return None
             parts.insert(0, (taken, to * (own // start)))
             own, extent = own * taken, extent // taken
-        merged = _merge(tuple(parts))
-        if len(merged) != 1:
+        runs = merged(parts)
+        if len(runs) != 1:
             return None
-        result.append(merged[0][1])
+        result.append(runs[0][1])
     return tuple(result)

@@ -1,8 +1,6 @@
 // Times a wasm bundle and onnxruntime-web (one thread, SIMD) in one Node process, in turns; prints JSON.
 //   node latency.mjs request.json      {"bundle": .mjs, "onnx": file or null, "inputs": [{name, dtype, shape, file}], "seconds": s}
 import fs from "node:fs";
-import { createRequire } from "node:module";
-import path from "node:path";
 import { pathToFileURL } from "node:url";
 
 const ARRAYS = { float32: Float32Array, int64: BigInt64Array, int32: Int32Array, bool: Uint8Array };
@@ -19,12 +17,12 @@ const model = await load();
 engines.graphopt = async () => Object.values(model.run(inputs))[0];
 
 if (request.onnx) {
-  const folder = path.join(path.dirname(createRequire(import.meta.url).resolve("onnxruntime-web/package.json")), "dist/");
-  const ort = await import(pathToFileURL(path.join(folder, "ort.wasm.min.mjs")));
+  const folder = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url);
+  const ort = await import(new URL("ort.wasm.min.mjs", folder));
   ort.env.wasm.numThreads = 1;
-  ort.env.wasm.wasmPaths = pathToFileURL(folder).href;
+  ort.env.wasm.wasmPaths = folder.href;
   ort.env.logLevel = "error";
-  ort.env.wasm.wasmBinary = fs.readFileSync(path.join(folder, "ort-wasm-simd-threaded.wasm"));
+  ort.env.wasm.wasmBinary = fs.readFileSync(new URL("ort-wasm-simd-threaded.wasm", folder));
   const session = await ort.InferenceSession.create(new Uint8Array(fs.readFileSync(request.onnx)), {
     executionProviders: ["wasm"], graphOptimizationLevel: "all",
   });

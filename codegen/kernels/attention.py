@@ -28,7 +28,7 @@ from graphopt.codegen.kernels.attention_match import Found, find
 from graphopt.codegen.kernels.attention_tile import Tile, panels, tile_for
 from graphopt.codegen.kernels.emit import load, loop, prim_func, splat, spread, store
 from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.codegen.kernels.views import View
+from graphopt.codegen.views import View
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
 

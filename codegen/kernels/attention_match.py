@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tvm import relax
 
 from graphopt.codegen.dataflow import Dataflow, dtype_of, op_of, shape_of
-from graphopt.codegen.kernels.views import View, contiguous, reshaped, trail, view_of, written_as
+from graphopt.codegen.views import View, contiguous, reshaped, trail, view_of, written_as
 from graphopt.errors import Decline
 
 LAYOUT = ("relax.reshape", "relax.broadcast_to", "relax.expand_dims", "relax.squeeze")

@@ -11,7 +11,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from graphopt.codegen.dataflow import Dataflow, op_of, shape_of
-from graphopt.codegen.views import simplify_views
+from graphopt.codegen.simplify_views import simplify_views
 
 UNARY = {"relax.negative": np.negative, "relax.nn.relu": lambda x: np.maximum(x, 0)}
 
