@@ -41,7 +41,14 @@ def index(start: Expr, lanes: int) -> Expr:
 def load(buffer: Buffer, start: Expr, lanes: int, dtype: str) -> Expr:
     """A vector of `dtype`, converted where the buffer's elements differ."""
     value = tirx.BufferLoad(buffer, [index(start, lanes)])
-    return value if str(buffer.dtype) == dtype else value.astype(f"{dtype}x{lanes}" if lanes > 1 else dtype)
+    many = f"x{lanes}" if lanes > 1 else ""
+    if str(buffer.dtype) == dtype:
+        return value
+    if str(buffer.dtype) == "bfloat16":
+        # The upper half of a float32. TVM spells that out itself, but forgets casts in bindings, which then go wrong.
+        half = tirx.reinterpret(f"uint16{many}", value).astype(f"uint32{many}")
+        value = tirx.reinterpret(f"float32{many}", tirx.shift_left(half, splat(16, lanes, "uint32")))
+    return value.astype(dtype + many)
 
 
 def store(buffer: Buffer, start: Expr, value: Expr, lanes: int, dtype: str) -> None:
