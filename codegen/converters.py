@@ -206,10 +206,51 @@ def _divide_rounded(node: fx.Node, importer: Importer) -> relax.Expr:
     return result if dtype_of(result) == dtype else emit(relax.op.astype(result, dtype))
 
 
+def _cumulative(op: Callable[..., relax.Expr]) -> Converter:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        a = arguments(node, importer)
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")  # of short integers: int64
+        if not shape_of(a["self"]):
+            return importer.block_builder.emit(relax.op.astype(a["self"], dtype))
+        return importer.block_builder.emit(op(a["self"], a["dim"], dtype))
+
+    return convert
+
+
+def _sort(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Values and indices; always stable, as our kernel is, whatever was asked for."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    indices = emit(relax.op.argsort(a["self"], a["dim"], a["descending"], dtype="int64"))
+    return emit(relax.Tuple([emit(relax.op.gather_elements(a["self"], indices, a["dim"])), indices]))
+
+
+def _argsort(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    return importer.block_builder.emit(relax.op.argsort(a["self"], a["dim"], a["descending"], dtype="int64"))
+
+
+def _topk(node: fx.Node, importer: Importer) -> relax.Expr:
+    """The k first in order, which serves those who ask for no order as well."""
+    a = arguments(node, importer)
+    best = relax.op.topk(a["self"], a["k"], a["dim"], "both", a["largest"], "int64")
+    return importer.block_builder.emit(best)
+
+
+def _no_check(node: fx.Node, importer: Importer) -> relax.Expr:
+    """A check of values, as of the classes in one_hot: a kernel has nobody to raise to, so it is left out."""
+    return importer.block_builder.emit(relax.Tuple([]))
+
+
 CONVERTERS: dict[str, Converter] = {
+    "_assert_async.msg": _no_check,
     "amax.default": _reduce(relax.op.max),
     "amin.default": _reduce(relax.op.min),
     "any.default": _any,
+    "argsort.default": _argsort,
+    "argsort.stable": _argsort,
+    "cumprod.default": _cumulative(relax.op.cumprod),
+    "cumsum.default": _cumulative(relax.op.cumsum),
     "div.Scalar_mode": _divide_rounded,
     "div.Tensor_mode": _divide_rounded,
     "group_norm.default": _group_norm,
@@ -227,6 +268,9 @@ CONVERTERS: dict[str, Converter] = {
     "scatter_add.default": _scatter,
     "scatter_reduce.two": _scatter,
     "select_scatter.default": _select_scatter,
+    "sort.default": _sort,
+    "sort.stable": _sort,
+    "topk.default": _topk,
     "unfold.default": _unfold,
     "var.dim": _var,
 }

@@ -16,6 +16,8 @@ TEMPLATES: dict[str, str] = {
     "layer_norm": "LayerNorm",
     "softmax": "Softmax",
     "pool": "Pool",
+    "sorting": "Sorting",
+    "scan": "Scan",
 }
 
 

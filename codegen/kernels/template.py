@@ -20,8 +20,8 @@ from graphopt.targets.target import Target
 class KernelCall:
     """One call that replaces some bindings of the program.
 
-    The kernel's parameters are, in this order, `inputs`, `constants`, the output, and one buffer per entry of `scratch`.
-    All are dense and 64-byte aligned; the output never overlaps an input.
+    The kernel's parameters are, in this order, `inputs`, `constants`, the output (of a tuple each of its tensors), and
+    one buffer per entry of `scratch_bytes`. All are dense and 64-byte aligned; the output never overlaps an input.
     """
 
     name: str  # f32_gemm_relu_6x16__avx2: what it is, for people and for the C symbol

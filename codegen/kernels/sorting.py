@@ -1,0 +1,251 @@
+"""Sort, argsort and top-k along any axis.
+
+    order[o, :, i] = the stable permutation that sorts X[o, :, i]; values are gathered through it
+    X      (outer, n, inner), any dtype, dense
+    sort   bottom-up merge sort of (key, index) pairs: ceil(log2 n) passes between two halves of a scratch buffer
+    top-k  a heap of the k best so far, its worst at the root: n comparisons, and O(log k) for each element that enters
+    limit  about 10 instructions an element and pass, one chain of loads; the top-k of random data reads memory once
+
+Elements are compared through integer keys in the same order: equal keys keep the order of their indices, NaN is greater
+than everything and equal to itself, -0.0 equals 0.0, as in PyTorch. A descending order complements the keys.
+Source: Knuth, The Art of Computer Programming, volume 3, sections 5.2.3 (heaps) and 5.2.4 (merging).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from tvm import relax, tirx
+from tvm.tirx import PrimFunc
+from tvm.tirx.script import builder as T
+
+from graphopt.codegen.dataflow import Dataflow, dtype_of, op_of, shape_of
+from graphopt.codegen.kernels.emit import load, prim_func
+from graphopt.codegen.kernels.template import KernelCall, Template
+from graphopt.errors import Decline
+from graphopt.targets.target import Target
+
+Expr = Any
+WIDE_KEYS = ("float64", "int64", "uint64", "uint32")  # what does not fit into an int32 in order
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is sorted, and what of it is wanted."""
+
+    outer: int
+    n: int
+    inner: int
+    dtype: str
+    descending: bool
+    values: bool
+    indices: str  # dtype of the indices; empty where they are not wanted
+    k: int = 0  # the first k only, 1 <= k <= n; 0: all
+
+    @property
+    def compared(self) -> str:
+        """Dtype in which elements are looked at: 16-bit floats as float32, which holds them exactly."""
+        return "float32" if self.dtype in ("float16", "bfloat16") else self.dtype
+
+    @property
+    def key(self) -> str:
+        """Dtype of the integer keys."""
+        return "int64" if self.dtype in WIDE_KEYS else "int32"
+
+    @property
+    def kept(self) -> int:
+        """Elements of a line that are given back."""
+        return self.k or self.n
+
+    @property
+    def slots(self) -> int:
+        """(key, index) pairs of scratch."""
+        return self.k or 2 * self.n
+
+
+class Sorting(Template):
+    """Sort, argsort and top-k; see the module."""
+
+    name: ClassVar[str] = "sorting"
+    anchors: ClassVar[tuple[str, ...]] = ("relax.sort", "relax.argsort", "relax.topk")
+
+    def match(self, flow: Dataflow, binding: relax.VarBinding, target: Target) -> KernelCall | Decline:
+        """Take the operator, whatever its axis and dtype."""
+        call, where = binding.value, binding.var.name
+        shape, dtype = shape_of(call.args[0]), dtype_of(call.args[0])
+        if not math.prod(shape):
+            return Decline(where, f"a tensor without elements: {shape}")
+        if not dtype.startswith(("float16", "float32", "float64", "bfloat16", "int", "uint", "bool")):
+            return Decline(where, f"sorting {dtype}")
+        order = _order(call, shape, dtype)
+        what = f"topk{order.k}" if order.k else op_of(call).removeprefix("relax.")
+        bits = 8 if order.key == "int64" else 4
+        return KernelCall(
+            name=f"{dtype}_{what}_{order.n}",
+            key=("sorting", order, target.spec),
+            kernel=build(order),
+            output=binding.var,
+            covers=(binding.var,),
+            inputs=(call.args[0],),
+            scratch_bytes=(order.slots * bits, order.slots * 4),
+        )
+
+
+def _order(call: relax.Call, shape: tuple[int, ...], dtype: str) -> Order:
+    attrs, op = call.attrs, op_of(call)
+    axis = int(attrs.axis) % max(1, len(shape))
+    n = shape[axis] if shape else 1
+    outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    if op == "relax.topk":
+        wanted = str(attrs.ret_type)
+        return Order(
+            outer,
+            n,
+            inner,
+            dtype,
+            descending=bool(attrs.largest),
+            values=wanted != "indices",
+            indices=str(attrs.dtype) if wanted != "values" else "",
+            k=min(int(attrs.k), n) if int(attrs.k) > 0 else n,
+        )
+    indices = str(attrs.dtype) if op == "relax.argsort" else ""
+    return Order(outer, n, inner, dtype, bool(attrs.descending), not indices, indices)
+
+
+def key_of(value: Expr, order: Order) -> Expr:
+    """An integer of dtype `order.key` for an element (`order.compared`), smaller where the element comes earlier."""
+    kind = order.key
+    if "float" in order.dtype:
+        # In integers throughout: TVM takes `x == x` for true.
+        bits = tirx.reinterpret(kind, value)
+        top, infinity = (2**63 - 1, 0x7FF << 52) if kind == "int64" else (2**31 - 1, 0xFF << 23)
+        magnitude = tirx.bitwise_and(bits, tirx.const(top, kind))
+        # Of zero, both signs become 0; of NaN, both the greatest.
+        key = tirx.Select(bits < tirx.const(0, kind), -magnitude, magnitude)
+        key = tirx.Select(magnitude > tirx.const(infinity, kind), tirx.const(top, kind), key)
+    elif order.dtype == "uint64":
+        key = tirx.bitwise_xor(tirx.reinterpret(kind, value), tirx.const(-(2**63), kind))
+    else:
+        key = value if order.dtype == kind else value.astype(kind)
+    return tirx.bitwise_xor(key, tirx.const(-1, kind)) if order.descending else key
+
+
+def build(order: Order) -> PrimFunc:
+    """The kernel: x (outer, n, inner), then values and indices (outer, kept, inner) as wanted, keys, places."""
+    size, lines = order.outer * order.n * order.inner, order.outer * order.inner
+    kept = lines * order.kept
+    buffers = [("x", size, order.dtype)]
+    buffers += [("values", kept, order.dtype)] * order.values
+    buffers += [("indices", kept, order.indices)] * bool(order.indices)
+    buffers += [("keys", order.slots, order.key), ("places", order.slots, "int32")]
+
+    def body(x: Any, *rest: Any) -> None:
+        *results, keys, places = rest
+        with T.serial(0, lines) as line, T.sblock("line"):
+            row, column = line // order.inner, line % order.inner
+            base = T.bind(row * (order.n * order.inner) + column)
+            to = T.bind(row * (order.kept * order.inner) + column)
+
+            def key_at(t: Expr) -> Expr:
+                return key_of(load(x, base + t * order.inner, 1, order.compared), order)
+
+            sort = _heap if order.k else _merge
+            start = sort(order, keys, places, key_at)
+            with T.serial(0, order.kept) as t:
+                place = T.bind(places[start + t])
+                at = to + t * order.inner
+                if order.values:
+                    T.buffer_store(results[0], tirx.BufferLoad(x, [base + place * order.inner]), [at])
+                if order.indices:
+                    T.buffer_store(results[-1], place.astype(order.indices), [at])
+
+    return prim_func(buffers, body)
+
+
+def _merge(order: Order, keys: Any, places: Any, key_at: Any) -> int:
+    """Sort a line; where in the scratch it lies then."""
+    n = order.n
+    passes = (n - 1).bit_length()
+    with T.serial(0, n) as t:
+        T.buffer_store(keys, key_at(t), [t])
+        T.buffer_store(places, t, [t])
+    if not passes:
+        return 0
+    taken = T.sblock_alloc_buffer((1,), "int32", scope="global")
+    with T.serial(0, passes) as p:
+        width = T.bind(tirx.shift_left(tirx.const(1, "int32"), p))
+        source = T.bind((p % 2) * n)
+        to = T.bind(n - source)
+        with T.serial(0, (n + width * 2 - 1) // (width * 2)) as pair:
+            low = T.bind(pair * width * 2)
+            middle = T.bind(tirx.min(low + width, n))
+            high = T.bind(tirx.min(low + width * 2, n))
+            T.buffer_store(taken, low, [0])
+            with T.serial(0, high - low) as step:
+                i = T.bind(taken[0])
+                j = T.bind(step + low - i + middle)
+                # Both are read, so that no branch depends on the data; past its run's end a side is not chosen.
+                left, right = T.bind(source + tirx.min(i, n - 1)), T.bind(source + tirx.min(j, n - 1))
+                left_key, right_key = T.bind(keys[left]), T.bind(keys[right])
+                first = T.bind(tirx.all(i < middle, tirx.any(j >= high, left_key <= right_key)))
+                T.buffer_store(keys, tirx.Select(first, left_key, right_key), [to + low + step])
+                T.buffer_store(places, places[tirx.Select(first, left, right)], [to + low + step])
+                T.buffer_store(taken, i + first.astype("int32"), [0])
+    return passes % 2 * n
+
+
+def _heap(order: Order, keys: Any, places: Any, key_at: Any) -> int:
+    """Bring the k first elements of a line into order; where in the scratch they lie then."""
+    k, n = order.k, order.n
+    hole = T.sblock_alloc_buffer((2,), "int32", scope="global")  # where it is; the heap's size, 0: it has settled
+
+    def later(key: Expr, place: Expr, than_key: Expr, than_place: Expr) -> Expr:
+        return tirx.any(key > than_key, tirx.all(key == than_key, place > than_place))
+
+    def sift(root: Expr, size: Expr, key: Expr, place: Expr) -> None:
+        """Put an element into the hole at `root`, after everything below that comes later has moved up."""
+        T.buffer_store(hole, root, [0])
+        T.buffer_store(hole, size, [1])
+        with T.While(hole[0] * 2 + 1 < hole[1]):
+            left = T.bind(hole[0] * 2 + 1)
+            right = T.bind(tirx.min(left + 1, size - 1))
+            child = T.bind(tirx.Select(later(keys[right], places[right], keys[left], places[left]), right, left))
+            with T.If(later(keys[child], places[child], key, place)):
+                with T.Then():
+                    T.buffer_store(keys, keys[child], [hole[0]])
+                    T.buffer_store(places, places[child], [hole[0]])
+                    T.buffer_store(hole, child, [0])
+                with T.Else():
+                    T.buffer_store(hole, tirx.const(0, "int32"), [1])
+        T.buffer_store(keys, key, [hole[0]])
+        T.buffer_store(places, place, [hole[0]])
+
+    with T.serial(0, k) as t:
+        T.buffer_store(keys, key_at(t), [t])
+        T.buffer_store(places, t, [t])
+    with T.serial(0, k // 2) as t:
+        root = T.bind(k // 2 - 1 - t)
+        sift(root, tirx.const(k, "int32"), T.bind(keys[root]), T.bind(places[root]))
+    with T.serial(0, n - k) as t:
+        key = T.bind(key_at(k + t))
+        with T.If(key < keys[0]), T.Then():  # an equal one comes later by its index, and stays out
+            sift(tirx.const(0, "int32"), tirx.const(k, "int32"), key, k + t)
+    with T.serial(0, k - 1) as t:
+        end = T.bind(k - 1 - t)
+        key, place = T.bind(keys[end]), T.bind(places[end])
+        T.buffer_store(keys, keys[0], [end])
+        T.buffer_store(places, places[0], [end])
+        sift(tirx.const(0, "int32"), end, key, place)
+    return 0
+
+
+def reference(x: np.ndarray, order: Order) -> tuple[np.ndarray, np.ndarray]:
+    """Values and indices along axis 1 of [outer, n, inner]."""
+    # With ranks for values every order is one of integers; NaN has the last rank in numpy too.
+    ranks = np.unique(x.astype("float64") if "float" in order.dtype else x, return_inverse=True, equal_nan=True)[1]
+    ranks = ranks.reshape(x.shape).astype("int64")
+    indices = np.argsort(-ranks if order.descending else ranks, axis=1, kind="stable")[:, : order.kept]
+    return np.take_along_axis(x, indices, 1), indices
