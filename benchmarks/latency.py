@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tests.models import ZOO
 
 import graphopt
 from graphopt.bench import bench, to_onnx
 from graphopt.bundle import Bundle
 from graphopt.program import Program
+from tests.models import ZOO
 
 MODELS = ("mobilenet_v1", "resnet50", "deit_s", "bert")
 NODE = Path(__file__).parent / "node"
@@ -63,9 +63,7 @@ def wasm(bundle: Path, program: Program, folder: Path, seconds: float, relaxed: 
         inputs.append({"name": spec.name, "dtype": spec.dtype, "shape": spec.shape, "file": str(file)})
     request = folder / "request.json"
     loader = next(bundle.glob("*.mjs"))
-    request.write_text(
-        json.dumps({"bundle": str(loader), "onnx": str(onnx), "inputs": inputs, "seconds": seconds})
-    )
+    request.write_text(json.dumps({"bundle": str(loader), "onnx": str(onnx), "inputs": inputs, "seconds": seconds}))
     flags = ["--experimental-wasm-relaxed-simd"] if relaxed else []
     done = subprocess.run(
         ["node", *flags, str(NODE / "latency.mjs"), str(request)], capture_output=True, text=True, check=False

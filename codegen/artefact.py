@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from graphopt.errors import Decline
-from graphopt.program import TensorSpec
+from graphopt.spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Artefact:
         size_t   NAME_workspace_bytes(void);
         size_t   NAME_weights_bytes(void);
         int32_t  NAME_run(const void *weights, const void *const *inputs, void *const *outputs, void *workspace);
-                 0, or a negative number that names the kernel that failed; `weights` and `workspace` are 64-byte aligned,
-                 inputs and outputs dense, row-major, in the order of `inputs` and `outputs`, of any alignment.
+                 0, or -n where the n-th kernel failed; `weights` and `workspace` are 64-byte aligned, inputs and
+                 outputs dense, row-major, in the order of `inputs` and `outputs`, of any alignment.
 
     and what `runtime/` adds to it on cpu and arm:
 

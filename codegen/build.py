@@ -9,6 +9,7 @@ so that the artefact needs nothing but the few symbols of `runtime/`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def build_llvm(kernels: Mapping[str, PrimFunc], target: Target) -> tvm.runtime.M
     return tvm.get_global_func("target.build.llvm")(plain, llvm_target(target))
 
 
+def object_code(library: tvm.runtime.Module) -> bytes:
+    """The relocatable object file of a compiled library."""
+    # In memory: where a disk is full, LLVM ends the whole process instead of raising an error.
+    descriptor = os.memfd_create("kernels.o")
+    try:
+        library.write_to_file(f"/proc/self/fd/{descriptor}", "o")
+        with open(f"/proc/self/fd/{descriptor}", "rb") as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
 def build_object(kernels: Mapping[str, PrimFunc], target: Target, path: Path) -> None:
     """Write the kernels as one relocatable object file."""
-    build_llvm(kernels, target).write_to_file(str(path))
+    path.write_bytes(object_code(build_llvm(kernels, target)))

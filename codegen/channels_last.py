@@ -47,7 +47,7 @@ def _ints(values: object) -> list[int]:
 
 
 def _image_conv(x: relax.Expr, weight: np.ndarray, attrs: Any, dtype: str, emit: Emit) -> relax.Expr:
-    """An NCHW convolution with OIHW weights, done in NHWC. On a line (one spatial dimension) as on an image of height 1."""
+    """An NCHW convolution with OIHW weights, done in NHWC; one over a line is one over an image of height 1."""
     line = [1] if len(attrs.strides) == 1 else []
     padding = _ints(attrs.padding)
     conv = relax.op.nn.conv2d(

@@ -12,7 +12,6 @@ Array = np.ndarray
 Constant = ir.expr.GenericConst
 
 
-
 def shape_of(expr: relax.Expr) -> tuple[int, ...]:
     """Static extents of a tensor expression."""
     return tuple(int(d) for d in expr.ty.shape)

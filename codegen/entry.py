@@ -14,7 +14,7 @@ import numpy as np
 from graphopt import __version__
 from graphopt.codegen.memory import aligned, plan_memory
 from graphopt.codegen.steps import ALIGNMENT, Buffer, Step, StepProgram
-from graphopt.program import TensorSpec, identifier
+from graphopt.spec import TensorSpec, identifier
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ def write_entry(
             lines.append(f"  __builtin_memcpy(outputs[{i}], {place(buffer)}, {buffer.nbytes});")
         else:
             lines.append(f"  if (out{i} != outputs[{i}]) __builtin_memcpy(outputs[{i}], out{i}, {buffer.nbytes});")
-    arity = {
-        symbols[s.kernel]: len(s.arguments) + len(s.results) + len(s.scratch) for s in program.steps
-    }
+    arity = {symbols[s.kernel]: len(s.arguments) + len(s.results) + len(s.scratch) for s in program.steps}
     source = _SOURCE.format(
         version=__version__,
         name=name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import fx
 from tvm import relax
 from tvm.ir import IRModule
 
-from graphopt.codegen.converters import CONVERTERS
+from graphopt.codegen.converters import CONVERTERS, Converter
 from graphopt.codegen.half import Importer
 from graphopt.errors import GraphoptError, UnsupportedOp
 from graphopt.place import place
@@ -47,7 +46,7 @@ def to_relax(program: Program) -> IRModule:
     """
     exported = program.exported.run_decompositions(_decompositions())
     importer = Importer()
-    importer.update_convert_map({name: partial(convert, importer=importer) for name, convert in CONVERTERS.items()})
+    importer.update_convert_map({name: _bound(convert, importer) for name, convert in CONVERTERS.items()})
     _refuse_unknown(exported.graph, importer)
     importer.update_convert_map({name: _located(convert, importer) for name, convert in importer.convert_map.items()})
     module = importer.from_exported_program(
@@ -59,6 +58,10 @@ def to_relax(program: Program) -> IRModule:
     )
     _refuse_symbolic(program, module)
     return module
+
+
+def _bound(convert: Converter, importer: Importer) -> Callable[[fx.Node], relax.Expr]:
+    return lambda node: convert(node, importer)
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

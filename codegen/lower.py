@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tvm.tirx import PrimFunc
 
 from graphopt.codegen.artefact import Artefact, KernelInfo
-from graphopt.codegen.build import build_llvm
+from graphopt.codegen.build import build_llvm, object_code
 from graphopt.codegen.entry import write_entry
 from graphopt.codegen.fallback import functions, legalise
 from graphopt.codegen.kernels.elementwise import hoist_scratch, schedule
 from graphopt.codegen.prepare import prepare
-from graphopt.codegen.select import select
+from graphopt.codegen.select import Selection, select
 from graphopt.codegen.steps import read_steps
-from graphopt.program import Program, identifier
+from graphopt.program import Program
+from graphopt.spec import identifier
 from graphopt.targets.target import Target
 
 Dump = Callable[[str, str], None]  # name of a phase, as "relax.py", and its text
@@ -56,49 +56,57 @@ def compile_program(
     module = legalise(selection.module)
     dump("lowered.py", module.script())
 
-    kernels: dict[str, PrimFunc] = {}  # by C symbol
-    symbols: dict[str, str] = {}  # C symbol of each kernel named in `main`
-    scratch: dict[str, tuple[int, ...]] = {}
-    templates: dict[str, str] = {}
-    by_key: dict[object, str] = {}
-    for name, call in selection.calls.items():
-        key = (type(call), call.key)
-        if key not in by_key:
-            by_key[key] = f"{program.name}_{identifier(call.name)}_{len(kernels)}"
-            kernels[by_key[key]] = call.kernel
-        symbols[name] = by_key[key]
-        scratch[name] = call.scratch_bytes
-        templates[name] = call.name
-    for name, func in functions(module).items():
-        symbols[name] = f"{program.name}_{identifier(name)}_{len(kernels)}"
-        scheduled, scratch[name] = hoist_scratch(schedule(func, target))
-        kernels[symbols[name]] = scheduled
-
-    constants = {name: call.constants for name, call in selection.calls.items()}
-    steps = read_steps(module["main"], constants, scratch)
-    progress(f"compiling {len(kernels)} kernels")
-    library = build_llvm(kernels, target)
+    kernels = _name_kernels(program.name, selection, functions(module), target)
+    constants = {name: chosen.call.constants for name, chosen in selection.calls.items()}
+    steps = read_steps(module["main"], constants, kernels.scratch)
+    progress(f"compiling {len(kernels.functions)} kernels")
+    library = build_llvm(kernels.functions, target)
     dump("kernels.s", library.inspect_source("asm"))
-    entry = write_entry(program.name, steps, symbols, program.inputs, program.outputs)
+    entry = write_entry(program.name, steps, kernels.symbols, program.inputs, program.outputs)
     dump(f"{program.name}.c", entry.source)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.o"
-        library.write_to_file(str(path))
-        kernel_object = path.read_bytes()
-    infos = []
-    for step in steps.steps:
-        call = selection.calls.get(step.kernel)
-        what = templates.get(step.kernel, step.kernel)
-        parameters = call.parameters if call else {}
-        infos.append(KernelInfo(symbols[step.kernel], "tvm" if call is None else what, step.kernel, parameters))
     return Artefact(
         name=program.name,
         sources={f"{program.name}.c": entry.source, f"{program.name}.h": entry.header},
-        objects={"kernels.o": kernel_object},
+        objects={"kernels.o": object_code(library)},
         weights=entry.weights,
         inputs=program.inputs,
         outputs=program.outputs,
         workspace_bytes=entry.workspace_bytes,
-        kernels=tuple(infos),
+        kernels=tuple(_describe(step.kernel, kernels, selection) for step in steps.steps),
         declined=selection.declined,
     )
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """The functions to compile by C symbol; symbol and scratch sizes of every kernel that `main` names."""
+
+    functions: dict[str, PrimFunc]
+    symbols: dict[str, str]
+    scratch: dict[str, tuple[int, ...]]
+
+
+def _name_kernels(prefix: str, selection: Selection, rest: Mapping[str, PrimFunc], target: Target) -> _Kernels:
+    """Give every distinct kernel a C symbol: the templates' calls, equal ones sharing one, and scheduled, the rest."""
+    kernels = _Kernels({}, {}, {})
+    by_key: dict[object, str] = {}
+    for name, chosen in selection.calls.items():
+        call = chosen.call
+        symbol = by_key.setdefault(
+            (chosen.template, call.key), f"{prefix}_{identifier(call.name)}_{len(kernels.functions)}"
+        )
+        kernels.functions.setdefault(symbol, call.kernel)
+        kernels.symbols[name], kernels.scratch[name] = symbol, call.scratch_bytes
+    for name, func in rest.items():
+        symbol = f"{prefix}_{identifier(name)}_{len(kernels.functions)}"
+        kernels.functions[symbol], kernels.scratch[name] = hoist_scratch(schedule(func, target))
+        kernels.symbols[name] = symbol
+    return kernels
+
+
+def _describe(kernel: str, kernels: _Kernels, selection: Selection) -> KernelInfo:
+    """A step for reports. What TVM's legalisation made is named after the operators that it fused."""
+    chosen = selection.calls.get(kernel)
+    if chosen is None:
+        return KernelInfo(kernels.symbols[kernel], "tvm", kernel.removeprefix("fused_").rstrip("0123456789"))
+    return KernelInfo(kernels.symbols[kernel], chosen.template, chosen.operators, chosen.call.parameters)

@@ -11,8 +11,18 @@ from graphopt.codegen.dataflow import Dataflow, is_tensor, op_of
 from graphopt.codegen.kernels import templates
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.rebuild import rebuild
+from graphopt.codegen.views import RESHAPES
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A template's call, and what it stands for."""
+
+    template: str
+    operators: str  # "conv2d + add + relu"
+    call: KernelCall
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,7 @@ class Selection:
     """The module with chosen pieces as calls of external kernels, and what those calls mean."""
 
     module: IRModule
-    calls: dict[str, KernelCall]  # name of the external function in the module to its call
+    calls: dict[str, Chosen]  # name of the external function in the module to its call
     declined: tuple[Decline, ...]  # why no template took an operator that some template looked at
 
 
@@ -33,7 +43,7 @@ def select(module: IRModule, target: Target) -> Selection:
             by_anchor.setdefault(anchor, []).append(template)
 
     taken: set[relax.Var] = set()
-    at: dict[relax.Var, KernelCall] = {}
+    at: dict[relax.Var, Chosen] = {}
     declined: list[Decline] = []
     for binding in flow.bindings:
         if binding.var in taken:
@@ -45,7 +55,7 @@ def select(module: IRModule, target: Target) -> Selection:
                 refusals.append(Decline(f"{template.name}: {result.where}", result.reason))
             elif taken.isdisjoint(result.covers):
                 taken.update(result.covers)
-                at[result.output] = result
+                at[result.output] = Chosen(template.name, _operators(flow, result), result)
                 break
         else:
             declined += refusals
@@ -53,11 +63,17 @@ def select(module: IRModule, target: Target) -> Selection:
     names = {var: f"call{i}" for i, var in enumerate(at)}
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, _: relax.BlockBuilder) -> relax.Expr:
-        call = at.get(binding.var)
-        if call is None:
+        if binding.var not in at:
             return value
         kinds = [binding.var.ty] if is_tensor(binding.var) else list(binding.var.ty.fields)
-        return relax.call_dps_packed(names[binding.var], relax.Tuple(list(call.inputs)), out_ty=kinds)
+        inputs = relax.Tuple(list(at[binding.var].call.inputs))
+        return relax.call_dps_packed(names[binding.var], inputs, out_ty=kinds)
 
-    calls = {names[var]: call for var, call in at.items()}
+    calls = {names[var]: chosen for var, chosen in at.items()}
     return Selection(rebuild(module, rewrite), calls, tuple(declined))
+
+
+def _operators(flow: Dataflow, call: KernelCall) -> str:
+    """The operators that a call covers, in program order; those that only look differently at a value left out."""
+    names = [op_of(flow.value(var)) for var in sorted(call.covers, key=flow.position.__getitem__)]
+    return " + ".join(n.removeprefix("relax.").removeprefix("nn.") for n in names if n and n not in RESHAPES)

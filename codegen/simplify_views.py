@@ -21,6 +21,7 @@ from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.sink import ELEMENTWISE, Transposed, sink
 from graphopt.codegen.views import RESHAPES, View, contiguous, merged, permuted, reshaped
 
+
 def simplify_views(module: IRModule) -> IRModule:
     """Replace each chain of reshapes and transposes by at most reshape, transpose, reshape of the chain's root."""
     views: dict[relax.Var, View] = {}
@@ -63,13 +64,19 @@ def simplify_views(module: IRModule) -> IRModule:
         """An elementwise operator on views of one kind becomes a view of the operator on the roots."""
         if op_of(value) not in ELEMENTWISE:
             return None
-        found = {t: views.get(t) for t in tensors if not _is_scalar(t)}
-        kinds = {(view.dims, shape_of(view.base)) if view else None for view in found.values()}
-        if None in kinds or len(kinds) != 1 or len({shape_of(t) for t in found}) != 1:
+        found: dict[relax.Expr, View] = {}
+        for tensor in tensors:
+            if not _is_scalar(tensor):
+                if tensor not in views:
+                    return None
+                found[tensor] = views[tensor]
+        kinds = {(view.dims, shape_of(view.base)) for view in found.values()}
+        if len(kinds) != 1 or len({shape_of(t) for t in found}) != 1:
             return None
         args = [a if not is_tensor(a) else found[a].base if a in found else _flat(a) for a in value.args]
         root = builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
-        return remember(View(root, 0, next(iter(kinds))[0]), shape, builder)
+        ((dims, _),) = kinds
+        return remember(View(root, 0, dims), shape, builder)
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
         op = op_of(value)
@@ -81,7 +88,7 @@ def simplify_views(module: IRModule) -> IRModule:
         if 0 in shape:
             return value
         if op == "relax.permute_dims":
-            after = permuted(before, [int(a) for a in value.attrs.axes or range(len(shape))[::-1]])
+            after: View | None = permuted(before, [int(a) for a in value.attrs.axes or range(len(shape))[::-1]])
         else:
             after = reshaped(before, shape) or reshaped(contiguous(source), shape)
         if after is None:

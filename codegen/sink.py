@@ -1,7 +1,7 @@
 """Operators that can be computed before a transpose instead of after it, with their axes renamed.
 
-    permute NHWC -> NCHW, mean over (2, 3)            ->   mean over (1, 2)
-    permute both, concatenate along 1                 ->   concatenate along 3, permute
+permute NHWC -> NCHW, mean over (2, 3)            ->   mean over (1, 2)
+permute both, concatenate along 1                 ->   concatenate along 3, permute
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from graphopt.codegen.dataflow import Constant, dtype_of, is_tensor, op_of, shap
 ELEMENTWISE = frozenset(
     f"relax.{name}"
     for name in (
-        "abs add astype ceil clip cos divide erf exp floor floor_divide log maximum minimum multiply negative power "
-        "round rsqrt sigmoid sin sqrt square subtract tanh nn.gelu nn.gelu_tanh nn.leakyrelu nn.relu nn.silu"
-    ).split()
+        *("abs", "add", "astype", "ceil", "clip", "cos", "divide", "erf", "exp"),
+        *("floor", "floor_divide", "log", "maximum", "minimum", "multiply", "negative", "power", "round"),
+        *("rsqrt", "sigmoid", "sin", "sqrt", "square", "subtract", "tanh", "nn.gelu", "nn.gelu_tanh"),
+        *("nn.leakyrelu", "nn.relu", "nn.silu"),
+    )
 )
 
 

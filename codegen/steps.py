@@ -60,9 +60,7 @@ class _Reader:
         self.values: dict[relax.Var, tuple[Buffer, ...]] = {}
         self.weights: list[np.ndarray] = []
         self.by_content: dict[bytes, Buffer] = {}
-        self.inputs = tuple(
-            Buffer("input", nbytes_of(p), index=i, label=p.name) for i, p in enumerate(main.params)
-        )
+        self.inputs = tuple(Buffer("input", nbytes_of(p), index=i, label=p.name) for i, p in enumerate(main.params))
         self.values.update((p, (b,)) for p, b in zip(main.params, self.inputs, strict=True))
 
     def buffers(self, expr: relax.Expr) -> tuple[Buffer, ...]:
@@ -79,7 +77,7 @@ class _Reader:
     def weight(self, array: np.ndarray) -> Buffer:
         """The buffer of a constant; equal constants share one."""
         array = np.ascontiguousarray(array)
-        key = hashlib.blake2b(array.reshape(-1).view(np.uint8)).digest()
+        key = hashlib.blake2b(array.reshape(-1).view(np.uint8).data).digest()
         if key not in self.by_content:
             self.by_content[key] = Buffer("weight", max(1, array.nbytes), index=len(self.weights))
             self.weights.append(array)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import BadSample, SampleNotFound, WrongInputs
-from graphopt.program import TensorSpec
+from graphopt.spec import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Note = Callable[[str], None]

@@ -30,9 +30,10 @@ from graphopt.errors import (
     StateDictMismatch,
     StateDictNeedsModel,
 )
-from graphopt.exported import TensorSpec, dtype_name, keys_of
+from graphopt.exported import keys_of
 from graphopt.program import Program
 from graphopt.record import Record
+from graphopt.spec import TensorSpec, dtype_name
 
 log = logging.getLogger(__name__)
 

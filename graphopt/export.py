@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from graphopt.bundle import Bundle
-from graphopt.program import identifier
+from graphopt.spec import identifier
 from graphopt.staging import publish_files, resolved, staged
 from graphopt.targets.toolchain import WEIGHTS
 

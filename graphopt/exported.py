@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import keyword
-import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,38 +14,10 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from graphopt.spec import TensorSpec, dtype_name, identifier
+
 # Inputs of the graph that are not the user's: tensors that belong to the program.
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape and dtype ("float32") of one input or output."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
-        return getattr(torch, self.dtype)
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` -> "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def identifier(text: str, fallback: str = "model") -> str:
-    """A name that is safe in C, Python and file names: [A-Za-z_][A-Za-z0-9_]*."""
-    name = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
-    if not name:
-        return fallback
-    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
 
 
 def copy_exported(exported: ExportedProgram, graph: Graph | None = None) -> ExportedProgram:
@@ -106,7 +75,7 @@ def output_specs(exported: ExportedProgram) -> Iterator[TensorSpec]:
     names = dict(zip(users, output_names(exported.call_spec.out_spec), strict=True))
     results = exported.graph.output_node().args[0]
     for place in user_output_places(exported):
-        value = results[place].meta["val"]  # type: ignore[index, union-attr]
+        value = results[place].meta["val"]
         yield TensorSpec(names[place], tuple(map(int, value.shape)), dtype_name(value.dtype))
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from graphopt.errors import BundleCorrupt, BundleNotFound, BundleTooNew, NotABundle
-from graphopt.program import TensorSpec
 from graphopt.record import Record
+from graphopt.spec import TensorSpec
 from graphopt.staging import reason_of
 from graphopt.targets.target import AVX2, AVX512, KIB, MIB, NEON, RELAXED_SIMD, SIMD128, SSE4, Kind, Target
 

@@ -254,7 +254,7 @@ def _load_exported(file: Path, unsafe_load: bool) -> Loaded:
 def _check_archive(file: Path, stream: IO[bytes]) -> None:
     """Refuse an archive that torch.export.load would take code from. The reader is the loader's own, so both see the
     same bytes under the same names."""
-    reader = torch._C.PyTorchFileReader(stream)  # type: ignore[call-arg, arg-type]
+    reader = torch._C.PyTorchFileReader(stream)
     names = reader.get_all_records()
     for name in names:
         if name.startswith("data/") and not name.endswith(".json"):

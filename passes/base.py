@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from graphopt.passes.edit import Edit
 from torch import Tensor
 
 from graphopt.cost import summary
+from graphopt.passes.edit import Edit
 from graphopt.program import Program
 from graphopt.record import Record
 

@@ -15,9 +15,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from graphopt.errors import Decline
-from graphopt.exported import STORED, copy_exported, identifier, stored
+from graphopt.exported import STORED, copy_exported, stored
 from graphopt.place import place
 from graphopt.program import Program
+from graphopt.spec import identifier
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
 

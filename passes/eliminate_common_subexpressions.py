@@ -6,10 +6,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit, is_pure
 from torch import Tensor
 from torch.fx import Node
+
+from graphopt.passes.base import Pass
+from graphopt.passes.edit import Edit, is_pure
 
 
 @dataclass(frozen=True)

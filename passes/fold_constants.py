@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit, is_pure
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
+
+from graphopt.passes.base import Pass
+from graphopt.passes.edit import Edit, is_pure
 
 KIB = 1024
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit
 from torch import Tensor
 from torch.fx import Node
 
 from graphopt.exported import op_name
+from graphopt.passes.base import Pass
+from graphopt.passes.edit import Edit
 
 aten = torch.ops.aten
 
@@ -122,7 +122,7 @@ def _identity_permutation(node: Node) -> bool:
     rank = node.meta["val"].dim()
     dims = node.args[1]
     assert isinstance(dims, (list, tuple))
-    return [int(d) % rank for d in dims] == list(range(rank))  # type: ignore[call-overload, arg-type]
+    return [int(d) % rank for d in dims] == list(range(rank))  # type: ignore[arg-type]
 
 
 def _same_dims(node: Node) -> bool:

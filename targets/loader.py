@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphopt.program import TensorSpec
+from graphopt.spec import TensorSpec
 from graphopt.targets.target import Target
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from graphopt.arrays import numpy_dtype
-from graphopt.program import TensorSpec
+from graphopt.spec import TensorSpec
 from graphopt.targets.target import Kind, Target
 
 # The weights and everything the kernels touch start at a multiple of this.

@@ -22,7 +22,7 @@ from pathlib import Path
 from graphopt import __version__
 from graphopt.codegen.cuda.artefact import KernelLaunch, OutputCopy, Place
 from graphopt.codegen.cuda.nvrtc import Image
-from graphopt.program import TensorSpec, identifier
+from graphopt.spec import TensorSpec, identifier
 
 HERE = Path(__file__).parent
 _SPACES = {"input": "SPACE_INPUT", "output": "SPACE_OUTPUT", "weight": "SPACE_WEIGHT", "arena": "SPACE_ARENA"}

@@ -18,7 +18,8 @@ from graphopt.codegen.fallback import functions, legalise
 from graphopt.codegen.memory import plan_memory
 from graphopt.codegen.prepare import prepare
 from graphopt.codegen.steps import Buffer, StepProgram, read_steps
-from graphopt.program import Program, identifier
+from graphopt.program import Program
+from graphopt.spec import identifier
 from graphopt.targets.target import Target
 
 

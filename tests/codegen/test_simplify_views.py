@@ -35,7 +35,7 @@ def interpret(module: IRModule, x: np.ndarray) -> np.ndarray:
 
 
 def chain(shape: tuple[int, ...], moves: list) -> IRModule:
-    """A function that applies the moves: a tuple of ints reshapes, a list of axes transposes, a string is an operator."""
+    """A function that applies the moves: a tuple reshapes, a list of axes transposes, a string is an operator."""
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(shape, "float32"))
     with builder.function("main", [x]):

@@ -28,8 +28,8 @@ from graphopt.errors import (
     WrongInputs,
 )
 from graphopt.manifest import MANIFEST, NOT_VERIFIED, Manifest, Verification, read_manifest
-from graphopt.program import TensorSpec
 from graphopt.record import Record
+from graphopt.spec import TensorSpec
 from graphopt.staging import staged
 
 X = TensorSpec("x", (2, 3), "float32")

@@ -20,7 +20,7 @@ from graphopt.errors import (
     UnsafeModel,
     WrongInputs,
 )
-from graphopt.program import TensorSpec
+from graphopt.spec import TensorSpec
 from tests.graphopt.small import Net, Words, X, write_files
 from tests.programs import ops
 

@@ -6,14 +6,13 @@ from collections import namedtuple
 
 import pytest
 import torch
-from graphopt.passes.base import Record
 from torch import nn
 
 from graphopt.capture import capture
 from graphopt.errors import CannotWrite, Decline, Exit, WrongInputs
-from graphopt.exported import identifier
+from graphopt.passes.base import Record
 from graphopt.place import place
-from graphopt.program import TensorSpec
+from graphopt.spec import TensorSpec, identifier
 from tests.models import TINY
 from tests.programs import program_of, tiny
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from graphopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from torch import nn
 
+from graphopt.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from tests.programs import assert_same, ops, program_of, tiny
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))

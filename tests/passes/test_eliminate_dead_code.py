@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from graphopt.passes.edit import Edit
-from graphopt.passes.eliminate_dead_code import EliminateDeadCode
 from torch import nn
 
 from graphopt.capture import capture
+from graphopt.passes.edit import Edit
+from graphopt.passes.eliminate_dead_code import EliminateDeadCode
 from tests.programs import assert_same, ops, program_of
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))

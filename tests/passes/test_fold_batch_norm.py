@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from graphopt.passes.fold_batch_norm import FoldBatchNorm
 from tests.models import TINY
 from tests.programs import assert_same, ops, program_of, tiny
 

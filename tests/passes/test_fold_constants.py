@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from graphopt.passes.fold_constants import FoldConstants
 from torch import nn
 
 from graphopt.capture import capture
+from graphopt.passes.fold_constants import FoldConstants
 from tests.programs import assert_same, ops, program_of, tiny
 
 X = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))

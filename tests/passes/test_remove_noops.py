@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graphopt.passes.remove_noops import RemoveNoops
 
+from graphopt.passes.remove_noops import RemoveNoops
 from tests.programs import assert_same, ops, program_of, tiny
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from tvm.tirx import PrimFunc
 
 from graphopt.codegen.artefact import Artefact, KernelInfo
 from graphopt.codegen.build import build_object
-from graphopt.program import TensorSpec
+from graphopt.spec import TensorSpec
 from graphopt.targets import resolve
 from graphopt.targets.target import Target
 
