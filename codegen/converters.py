@@ -161,6 +161,30 @@ def _index_put(node: fx.Node, importer: Importer) -> relax.Expr:
     return emit(relax.op.scatter_nd(a["self"], where, updates, "add" if a["accumulate"] else "update"))
 
 
+def _embedding(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Rows of a table. TVM's converter narrows the indices to 32 bits, which changes those that are far out of range."""
+    a = arguments(node, importer)
+    return importer.block_builder.emit(relax.op.take(a["weight"], a["indices"], 0))
+
+
+def _index(node: fx.Node, importer: Importer) -> relax.Expr:
+    """x[i, j, ...]: TVM's converter, with indices that count from the end brought to what it takes."""
+    emit = importer.block_builder.emit
+    source, indices = node.args[0], node.args[1]
+    extents = shape_of(importer.env[source])
+    before = {index: importer.env[index] for index in indices if index is not None}
+    for index, extent in zip(indices, extents, strict=False):
+        if index is not None and dtype_of(before[index]) != "bool":
+            value = before[index]
+            from_end = emit(relax.op.add(value, relax.const(extent, dtype_of(value))))
+            negative = emit(relax.op.less(value, relax.const(0, dtype_of(value))))
+            importer.env[index] = emit(relax.op.where(negative, from_end, value))
+    try:
+        return importer._index_tensor(node)
+    finally:
+        importer.env.update(before)
+
+
 def _unfold(node: fx.Node, importer: Importer) -> relax.Expr:
     """Windows along a dimension: (..., windows, ..., size)."""
     a = arguments(node, importer)
@@ -253,7 +277,9 @@ CONVERTERS: dict[str, Converter] = {
     "cumsum.default": _cumulative(relax.op.cumsum),
     "div.Scalar_mode": _divide_rounded,
     "div.Tensor_mode": _divide_rounded,
+    "embedding.default": _embedding,
     "group_norm.default": _group_norm,
+    "index.Tensor": _index,
     "index_put.default": _index_put,
     "min.dim": _min_dim,
     "prod.dim_int": _reduce(relax.op.prod),

@@ -91,8 +91,10 @@ _FOLD: dict[str, Callable[..., Array]] = {
     "relax.subtract": lambda e, x, y: x - y,
     "relax.multiply": lambda e, x, y: x * y,
     "relax.divide": lambda e, x, y: x / y,
+    "relax.less": lambda e, x, y: x < y,
     "relax.negative": lambda e, x: -x,
     "relax.sqrt": lambda e, x: np.sqrt(x),
+    "relax.where": lambda e, c, x, y: np.where(c, x, y).astype(dtype_of(e)),
     "relax.rsqrt": lambda e, x: 1 / np.sqrt(x),
 }
 

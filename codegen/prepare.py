@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm import ir, relax
 from tvm.ir import IRModule
 
+from graphopt.codegen.bounds import guard_indices
 from graphopt.codegen.channels_last import channels_last
 from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of
 from graphopt.codegen.importer import to_relax
@@ -24,7 +25,7 @@ def prepare(program: Program, target: Target) -> IRModule:
     """
     module = to_relax(program)
     passes = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
-    module = fold_constants(ir.transform.Sequential(passes)(module))
+    module = guard_indices(fold_constants(ir.transform.Sequential(passes)(module)))
     if target.kind != "cuda":
         module = channels_last(module)
     return fold_constants(simplify_views(module))

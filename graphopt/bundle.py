@@ -210,23 +210,15 @@ class Executable:
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """Arrays in the order, shapes and dtypes of the inputs to new ones of the outputs. Raises RunFailed."""
-        results = self._runner.run(self._bits(arrays))
-        pairs = zip(self._manifest.outputs, results, strict=True)
-        return [array.view(numpy_dtype(spec.dtype)) for spec, array in pairs]
+        return self._runner.run(arrays)
 
     def time(self, arrays: Sequence[Array], seconds: float) -> list[float]:
         """Run for at least `seconds`, once at least; the seconds of each run. Raises RunFailed."""
-        return self._runner.time(self._bits(arrays), seconds)
+        return self._runner.time(arrays, seconds)
 
     def close(self) -> None:
         """Let go of what it holds."""
         self._runner.close()
-
-    def _bits(self, arrays: Sequence[Array]) -> list[Array]:
-        # Runners know no bfloat16, as numpy has none: they take and give the bits as integers.
-        pairs = zip(self._manifest.inputs, arrays, strict=True)
-        return [array.view("uint16") if spec.dtype == "bfloat16" else array for spec, array in pairs]
-
 
 def open_runner(path: Path, manifest: Manifest, *, threads: int = 0, runner: str | None = None) -> Executable:
     """What runs the bundle's code here: `runner` by name, or the first that can.

@@ -135,6 +135,8 @@ def _print_bundle(console: Console, bundle: Bundle) -> None:
         cells = (kernel["symbol"], kernel["template"], kernel["where"], parameters)
         kernels.add_row(*(_plain(str(cell)) for cell in cells))
     console.print(kernels)
+    for decline in manifest.declined:
+        console.print(f"  no template for {decline['where']}: {decline['reason']}", markup=False)
     files = Table(box=None, pad_edge=False, header_style="bold")
     files.add_column("file")
     files.add_column("bytes", justify="right")
