@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.arrays import Array, Note, fit_inputs, numpy_dtype
+from graphopt.arrays import Array, Note, fit_inputs
 from graphopt.errors import BundleCorrupt, GraphoptError, NotABundle, OutputInTheWay, WrongInputs
 from graphopt.manifest import MANIFEST, Manifest, check_files, entry_of, read_manifest
 from graphopt.staging import publish_folder, resolved, staged
@@ -33,7 +33,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._threads = threads
-        self._runner: Executable | None = None
+        self._runner: Runner | None = None
 
     @property
     def name(self) -> str:
@@ -88,7 +88,7 @@ class Bundle:
         return {spec.name: result for spec, result in zip(self.manifest.outputs, results, strict=True)}
 
     @property
-    def runner(self) -> Executable:
+    def runner(self) -> Runner:
         """What runs it on its target, opened at the first use. Raises ToolMissing."""
         if self._runner is None:
             self._runner = open_runner(self.path, self.manifest, threads=self._threads)
@@ -200,27 +200,7 @@ def check_replaceable(output: str | os.PathLike[str]) -> None:
         raise OutputInTheWay(file=output, what=f"holds {extra[0]}, which is not part of the bundle")
 
 
-class Executable:
-    """A runner of a bundle's code that takes and gives arrays of the manifest's dtypes."""
-
-    def __init__(self, runner: Runner, manifest: Manifest) -> None:
-        """Use `open_runner`."""
-        self._runner = runner
-        self._manifest = manifest
-
-    def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Arrays in the order, shapes and dtypes of the inputs to new ones of the outputs. Raises RunFailed."""
-        return self._runner.run(arrays)
-
-    def time(self, arrays: Sequence[Array], seconds: float) -> list[float]:
-        """Run for at least `seconds`, once at least; the seconds of each run. Raises RunFailed."""
-        return self._runner.time(arrays, seconds)
-
-    def close(self) -> None:
-        """Let go of what it holds."""
-        self._runner.close()
-
-def open_runner(path: Path, manifest: Manifest, *, threads: int = 0, runner: str | None = None) -> Executable:
+def open_runner(path: Path, manifest: Manifest, *, threads: int = 0, runner: str | None = None) -> Runner:
     """What runs the bundle's code here: `runner` by name, or the first that can.
 
     Raises:
@@ -229,5 +209,4 @@ def open_runner(path: Path, manifest: Manifest, *, threads: int = 0, runner: str
     """
     from graphopt import targets
 
-    opened = targets.open_runner(path, manifest, manifest.target_here(), threads=threads, runner=runner)
-    return Executable(opened, manifest)
+    return targets.open_runner(path, manifest, manifest.target_here(), threads=threads, runner=runner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from graphopt.codegen.artefact import Artefact
     from graphopt.record import Record
     from graphopt.targets.target import Target
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
@@ -198,6 +201,8 @@ def check_options(options: Options) -> Target:
     from graphopt import targets
 
     target = targets.resolve(options.target)
+    if text := targets.warning(target):
+        log.warning(text)
     if options.kind not in KINDS[target.kind]:
         fitting = [suffix for suffix, kind in SUFFIXES.items() if kind in KINDS[target.kind]]
         raise BadOption(
