@@ -14,6 +14,7 @@ from tvm.ir import IRModule
 from graphopt.codegen.converters import CONVERTERS, Converter
 from graphopt.codegen.half import Importer
 from graphopt.errors import GraphoptError, UnsupportedOp
+from graphopt.exported import decomposed
 from graphopt.place import place
 from graphopt.program import Program
 
@@ -44,7 +45,7 @@ def to_relax(program: Program) -> IRModule:
     Raises:
         UnsupportedOp: an operator that TVM's importer does not know or cannot express, with its place in the model.
     """
-    exported = program.exported.run_decompositions(_decompositions())
+    exported = decomposed(program.exported, _decompositions())
     importer = Importer()
     importer.update_convert_map({name: _bound(convert, importer) for name, convert in CONVERTERS.items()})
     _refuse_unknown(exported.graph, importer)

@@ -30,7 +30,7 @@ from graphopt.errors import (
     StateDictMismatch,
     StateDictNeedsModel,
 )
-from graphopt.exported import keys_of
+from graphopt.exported import decomposed, keys_of
 from graphopt.program import Program
 from graphopt.record import Record
 from graphopt.spec import TensorSpec, dtype_name
@@ -288,9 +288,8 @@ def _canonical(exported: ExportedProgram, name: str) -> ExportedProgram:
     """Functional, without sub-graphs, with plain containers and only the metadata that is read."""
     if not _is_functional(exported):
         try:
-            with torch.no_grad():
-                # An empty table: nothing is decomposed, but updates in place become values and sub-graphs are inlined.
-                exported = exported.run_decompositions({})
+            # An empty table: nothing is decomposed, but updates in place become values and sub-graphs are inlined.
+            exported = decomposed(exported, {})
         except Exception as error:  # as for _export
             raise CaptureFailed(model=name, reason=f"{type(error).__name__}: {str(error)[:300]}") from error
     for node in reversed(exported.graph.nodes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,12 +21,23 @@ from graphopt.spec import TensorSpec, dtype_name, identifier
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
+@contextmanager
+def _quiet_copies() -> Iterator[None]:
+    """Copying torch's own pytree specs raises a warning about torch's own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def decomposed(exported: ExportedProgram, table: dict[Any, Any]) -> ExportedProgram:
+    """The program with operators replaced as the table says, functional and without sub-graphs in any case."""
+    with _quiet_copies(), torch.no_grad():
+        return exported.run_decompositions(table)
+
+
 def copy_exported(exported: ExportedProgram, graph: Graph | None = None) -> ExportedProgram:
     """A copy with a graph and signature of its own, or with `graph`; the weight tensors are shared."""
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # copying torch's own pytree specs raises one, about torch's code
+    with _quiet_copies():
         calls = copy.deepcopy(exported.module_call_graph)
         copied = copy.deepcopy(exported.graph) if graph is None else graph
     if graph is None:
