@@ -261,6 +261,32 @@ def _topk(node: fx.Node, importer: Importer) -> relax.Expr:
     return importer.block_builder.emit(best)
 
 
+def _median(node: fx.Node, importer: Importer) -> relax.Expr:
+    """The lower median, with its index where an axis is given; NaN if there is one, as PyTorch has it."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    x = a["self"]
+    whole = "dim" not in a
+    if whole or not shape_of(x):
+        x = emit(relax.op.reshape(x, (math.prod(shape_of(x)),)))
+    axis = a.get("dim", 0)
+    axis, n = axis % len(shape_of(x)), shape_of(x)[axis]
+    order = emit(relax.op.argsort(x, axis, dtype="int64"))
+
+    def ranked(rank: int) -> tuple[relax.Expr, relax.Expr]:
+        index = emit(relax.op.strided_slice(order, [axis], [rank], [rank + 1]))
+        return emit(relax.op.gather_elements(x, index, axis)), index
+
+    value, index = ranked((n - 1) // 2)
+    if "float" in dtype_of(x):
+        last, at = ranked(n - 1)  # NaN comes last
+        missing = emit(relax.op.isnan(last))
+        value, index = emit(relax.op.where(missing, last, value)), emit(relax.op.where(missing, at, index))
+    shape = tuple(node.meta["val"].shape) if whole else tuple(node.meta["val"][0].shape)
+    value = emit(relax.op.reshape(value, shape))
+    return value if whole else emit(relax.Tuple([value, emit(relax.op.reshape(index, shape))]))
+
+
 def _no_check(node: fx.Node, importer: Importer) -> relax.Expr:
     """A check of values, as of the classes in one_hot: a kernel has nobody to raise to, so it is left out."""
     return importer.block_builder.emit(relax.Tuple([]))
@@ -281,6 +307,8 @@ CONVERTERS: dict[str, Converter] = {
     "group_norm.default": _group_norm,
     "index.Tensor": _index,
     "index_put.default": _index_put,
+    "median.default": _median,
+    "median.dim": _median,
     "min.dim": _min_dim,
     "prod.dim_int": _reduce(relax.op.prod),
     "reflection_pad1d.default": _pad("reflect"),

@@ -85,6 +85,10 @@ FAMILIES: dict[str, list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tenso
         lambda x, y, i: torch.topk(x, 3, 2).indices,
         lambda x, y, i: torch.sort(x, 1).values,
         lambda x, y, i: torch.argsort(y, 3, descending=True),
+        lambda x, y, i: torch.sort(i, dim=2, descending=True, stable=True).indices,
+        lambda x, y, i: torch.topk(y, 2, 1, largest=False).values + x.median(1, keepdim=True).values,
+        lambda x, y, i: torch.where(x > 1.9, torch.nan, x).median(3).values + y.median(),
+        lambda x, y, i: torch.cumsum(x > y, 1) + torch.cumsum(i.to(torch.int32), 0),
     ],
     "vision": [
         lambda x, y, i: F.interpolate(x, scale_factor=2, mode="nearest"),
@@ -116,5 +120,10 @@ def test_operators_agree_with_pytorch(family: str) -> None:
     assert len(results) == len(expected)
     for number, (got, want) in enumerate(zip(results, expected, strict=True)):
         torch.testing.assert_close(
-            torch.from_numpy(got), want, rtol=3e-5, atol=3e-6, msg=lambda m, n=number: f"{family} {n}: {m}"
+            torch.from_numpy(got),
+            want,
+            rtol=3e-5,
+            atol=3e-6,
+            equal_nan=True,
+            msg=lambda m, n=number: f"{family} {n}: {m}",
         )
