@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import fx
@@ -162,7 +162,7 @@ def _index_put(node: fx.Node, importer: Importer) -> relax.Expr:
 
 
 def _embedding(node: fx.Node, importer: Importer) -> relax.Expr:
-    """Rows of a table. TVM's converter narrows the indices to 32 bits, which changes those that are far out of range."""
+    """Rows of a table. TVM's converter narrows indices to 32 bits, which changes those that are far out of range."""
     a = arguments(node, importer)
     return importer.block_builder.emit(relax.op.take(a["weight"], a["indices"], 0))
 
@@ -170,7 +170,7 @@ def _embedding(node: fx.Node, importer: Importer) -> relax.Expr:
 def _index(node: fx.Node, importer: Importer) -> relax.Expr:
     """x[i, j, ...]: TVM's converter, with indices that count from the end brought to what it takes."""
     emit = importer.block_builder.emit
-    source, indices = node.args[0], node.args[1]
+    source, indices = cast("tuple[fx.Node, list[fx.Node | None]]", node.args[:2])
     extents = shape_of(importer.env[source])
     before = {index: importer.env[index] for index in indices if index is not None}
     for index, extent in zip(indices, extents, strict=False):

@@ -94,7 +94,7 @@ _FOLD: dict[str, Callable[..., Array]] = {
     "relax.less": lambda e, x, y: x < y,
     "relax.negative": lambda e, x: -x,
     "relax.sqrt": lambda e, x: np.sqrt(x),
-    "relax.where": lambda e, c, x, y: np.where(c, x, y).astype(dtype_of(e)),
+    "relax.where": lambda e, c, x, y: np.asarray(np.where(c, x, y), x.dtype),
     "relax.rsqrt": lambda e, x: 1 / np.sqrt(x),
 }
 
