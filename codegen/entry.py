@@ -42,6 +42,8 @@ def write_entry(
         symbols: C symbol of each kernel named in the steps.
         inputs, outputs: the program's interface, in the order of the steps' inputs and outputs.
     """
+    for buffer, spec in zip((*program.inputs, *program.outputs), (*inputs, *outputs), strict=True):
+        assert max(1, buffer.nbytes) == max(1, spec.nbytes), f"{spec}: {spec.nbytes} bytes, not {buffer.nbytes}"
     weight_at, blob = pack_weights(program)
     direct = direct_outputs(program)
     plan = plan_memory(program, direct)

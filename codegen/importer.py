@@ -12,6 +12,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from graphopt.codegen.converters import CONVERTERS, Converter
+from graphopt.codegen.dataflow import dtype_of, is_tensor, shape_of
 from graphopt.codegen.half import Importer
 from graphopt.errors import GraphoptError, UnsupportedOp
 from graphopt.exported import decomposed
@@ -89,7 +90,7 @@ def _located(convert: Callable[[fx.Node], relax.Expr], importer: Importer) -> Ca
 
     def located(node: fx.Node) -> relax.Expr:
         try:
-            return importer.rounded(node, convert(node))
+            return _as_promised(node, importer.rounded(node, convert(node)), importer)
         except GraphoptError:
             raise
         except Exception as error:
@@ -97,6 +98,25 @@ def _located(convert: Callable[[fx.Node], relax.Expr], importer: Importer) -> Ca
             raise UnsupportedOp(op=str(node.target), where=place(node), reason=reason) from error
 
     return located
+
+
+def _as_promised(node: fx.Node, value: Any, importer: Importer) -> Any:
+    """The value in the dtype that PyTorch says; TVM promotes by its own rules, and a wrong type has a wrong size.
+
+    Raises:
+        ValueError: another shape, or numbers of another kind: then the translation computes something else.
+    """
+    promised = node.meta.get("val")
+    if not isinstance(promised, torch.Tensor) or not isinstance(value, relax.Expr) or not is_tensor(value):
+        return value
+    shape, wanted, got = tuple(promised.shape), str(promised.dtype).removeprefix("torch."), dtype_of(value)
+    if shape_of(value) != shape:
+        raise ValueError(f"its translation has the shape {shape_of(value)}, not {shape}")
+    if got == wanted:
+        return value
+    if ("float" in got) != ("float" in wanted):
+        raise ValueError(f"its translation gives {got}, not {wanted}")
+    return importer.block_builder.emit(relax.op.astype(value, wanted))
 
 
 def _refuse_symbolic(program: Program, module: IRModule) -> None:

@@ -15,6 +15,7 @@ from tvm.relax import ExternFunc
 
 from graphopt.codegen.dataflow import Constant, dtype_of, is_tensor, op_of, shape_of
 from graphopt.errors import UnsupportedOp
+from graphopt.spec import dtype_bytes
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
@@ -50,9 +51,8 @@ class StepProgram:
 
 
 def nbytes_of(expr: relax.Expr) -> int:
-    """Bytes of a dense tensor; booleans and everything below eight bits take a byte an element."""
-    bits = int("".join(c for c in dtype_of(expr) if c.isdigit()) or 8) if dtype_of(expr) != "bool" else 8
-    return math.prod(shape_of(expr)) * max(1, (bits + 7) // 8)
+    """Bytes of a dense tensor."""
+    return math.prod(shape_of(expr)) * dtype_bytes(dtype_of(expr))
 
 
 class _Reader:

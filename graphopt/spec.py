@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,11 @@ class TensorSpec:
     dtype: str
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return math.prod(self.shape) * dtype_bytes(self.dtype)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch has it."""
         import torch
@@ -28,6 +34,12 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element: "float32" -> 4. What has fewer than eight bits, a bool too, takes a byte."""
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits.group()) // 8) if bits else 1
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,105 @@
+"""Sums, quotients and bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import fx
+from tvm import relax
+
+from graphopt.codegen.converters.common import Converter, arguments, as_dtype, promised
+from graphopt.codegen.dataflow import dtype_of, shape_of
+from graphopt.codegen.half import Importer
+
+
+def _reduce(op: Callable[..., relax.Expr]) -> Converter:
+    def convert(node: fx.Node, importer: Importer) -> relax.Expr:
+        a = arguments(node, importer)
+        axes = a["dim"] if a["dim"] != [] else None
+        return importer.block_builder.emit(op(a["self"], axes, a["keepdim"]))
+
+    return convert
+
+
+def _any(node: fx.Node, importer: Importer) -> relax.Expr:
+    emit = importer.block_builder.emit
+    x = arguments(node, importer)["self"]
+    return emit(relax.op.astype(emit(relax.op.max(emit(relax.op.astype(x, "int8")))), "bool"))
+
+
+def _var(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    shape = shape_of(a["self"])
+    axes = [d % len(shape) for d in (a["dim"] or range(len(shape)))]
+    biased = emit(relax.op.variance(a["self"], axes, a["keepdim"]))
+    count = math.prod(shape[d] for d in axes)
+    factor = count / (count - 1) if a["unbiased"] and count > 1 else 1.0
+    return emit(relax.op.multiply(biased, relax.const(factor, dtype_of(biased))))
+
+
+def _min_dim(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    values = emit(relax.op.min(a["self"], a["dim"], a["keepdim"]))
+    return emit(relax.Tuple([values, emit(relax.op.argmin(a["self"], a["dim"], a["keepdim"]))]))
+
+
+def _divide(node: fx.Node, importer: Importer) -> relax.Expr:
+    """True division: of integers too, whose quotients are floating-point numbers."""
+    a = arguments(node, importer)
+    x, y = (as_dtype(a[name], promised(node), importer) for name in ("self", "other"))
+    return importer.block_builder.emit(relax.op.divide(x, y))
+
+
+def _divide_rounded(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    dtype = promised(node)
+    wide = dtype if "float" in dtype else "int64" if a["rounding_mode"] == "floor" else "float64"
+    x, y = (as_dtype(a[name], wide, importer) for name in ("self", "other"))
+    if a["rounding_mode"] == "floor":
+        return as_dtype(emit(relax.op.floor_divide(x, y)), dtype, importer)
+    result = emit(relax.op.divide(x, y))
+    if a["rounding_mode"] == "trunc":
+        result = emit(relax.op.trunc(result))
+    return as_dtype(result, dtype, importer)
+
+
+def _clamp(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Bounds of an integer tensor stay integers: TVM's would be infinities."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    dtype = promised(node)
+    x = as_dtype(a["self"], dtype, importer)
+    if "float" in dtype:
+        low, high = (
+            value if value is not None else bound for value, bound in ((a["min"], -math.inf), (a["max"], math.inf))
+        )
+        return emit(relax.op.clip(x, low, high))
+    for bound, op in ((a["min"], relax.op.maximum), (a["max"], relax.op.minimum)):
+        if bound is not None:
+            x = emit(op(x, relax.const(bound, dtype)))
+    return x
+
+
+def _no_check(node: fx.Node, importer: Importer) -> relax.Expr:
+    """A check of values, as of the classes in one_hot: a kernel has nobody to raise to, so it is left out."""
+    return importer.block_builder.emit(relax.Tuple([]))
+
+
+TABLE: dict[str, Converter] = {
+    "_assert_async.msg": _no_check,
+    "amax.default": _reduce(relax.op.max),
+    "amin.default": _reduce(relax.op.min),
+    "any.default": _any,
+    "clamp.default": _clamp,
+    "div.Scalar": _divide,
+    "div.Scalar_mode": _divide_rounded,
+    "div.Tensor": _divide,
+    "div.Tensor_mode": _divide_rounded,
+    "min.dim": _min_dim,
+    "prod.dim_int": _reduce(relax.op.prod),
+    "var.dim": _var,
+}
