@@ -1,4 +1,4 @@
-"""manifest.json: what a bundle is, what was done to make it, and the hashes of its files.
+"""manifest.json: what a bundle is, what was done to make it, and the hashes of its files and of itself.
 
 Equal inputs give equal bytes: keys are sorted, and there are no times, paths or machine names in it.
 """
@@ -22,6 +22,7 @@ from graphopt.targets.target import AVX2, AVX512, KIB, MIB, NEON, RELAXED_SIMD, 
 MANIFEST = "manifest.json"
 FORMAT = 1
 KIND = "graphopt-bundle"
+CHECKSUM = "manifest_sha256"
 # No manifest of a real model comes near; a larger one is not worth the memory that parsing it takes.
 _MAX_BYTES = 64 << 20
 ISAS = {isa.name: isa for isa in (SSE4, AVX2, AVX512, NEON, SIMD128, RELAXED_SIMD)}
@@ -39,15 +40,16 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Verification:
-    """What comparing the artefact with PyTorch gave. `status` is "passed" or "not verified"."""
+    """What comparing the artefact with PyTorch gave. `status` is "passed" or "not verified"; then nothing was measured,
+    and the numbers are None."""
 
     status: str
-    inputs: str = ""  # "example inputs", "calibration inputs" or "random inputs", with their number
+    inputs: str = ""  # "1 set of example inputs, 1 set of random inputs"
     runners: tuple[str, ...] = ()
-    max_abs_error: float = 0.0
-    max_rel_error: float = 0.0  # relative to the largest magnitude of the output in question
-    rtol: float = 0.0
-    atol: float = 0.0  # as a share of the largest magnitude of the output in question
+    max_abs_error: float | None = None
+    max_rel_error: float | None = None  # relative to the largest magnitude of the output in question
+    rtol: float | None = None
+    atol: float | None = None  # as a share of the largest magnitude of the output in question
     note: str = ""
 
     @property
@@ -58,10 +60,10 @@ class Verification:
     def __str__(self) -> str:
         if not self.passed:
             return self.status + (f" ({self.note})" if self.note else "")
+        absolute, relative, allowed = (value or 0.0 for value in (self.max_abs_error, self.max_rel_error, self.atol))
         return (
-            f"passed: {', '.join(self.runners)}, {self.inputs}; largest error {self.max_abs_error:.2g}, "
-            f"{self.max_rel_error:.2g} of the largest output; allowed {self.atol:g}"
-            + (f" ({self.note})" if self.note else "")
+            f"passed: {', '.join(self.runners)}, {self.inputs}; largest error {absolute:.2g}, "
+            f"{relative:.2g} of the largest output; allowed {allowed:g}" + (f" ({self.note})" if self.note else "")
         )
 
 
@@ -89,12 +91,12 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        data = asdict(self)
+        """Plain JSON values, with the checksum of all the others."""
+        data = {"kind": KIND, **asdict(self)}
         for key in ("inputs", "outputs"):
             data[key] = [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in getattr(self, key)]
         data["records"] = [record.to_json() for record in self.records]
-        return {"kind": KIND, **data}
+        return {**data, CHECKSUM: checksum_of(data)}
 
     def text(self) -> str:
         """The content of manifest.json."""
@@ -151,6 +153,12 @@ class Manifest:
         )
 
 
+def checksum_of(data: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of a manifest's JSON values but the checksum itself; spaces and order do not count."""
+    plain = {key: value for key, value in data.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
@@ -170,7 +178,7 @@ def read_manifest(folder: Path) -> Manifest:
         BundleNotFound: there is nothing at the path, or it may not be read.
         NotABundle: what stands there is something else.
         BundleTooNew: its format is newer than this code.
-        BundleCorrupt: its manifest cannot be understood.
+        BundleCorrupt: its manifest cannot be understood, or was changed since it was written.
     """
     file = folder / MANIFEST
     try:
@@ -195,6 +203,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleCorrupt(file=file, what=f"has no valid format number: {version!r}")
     if version > FORMAT:
         raise BundleTooNew(file=folder, found=version, known=FORMAT)
+    if CHECKSUM not in data:
+        raise BundleCorrupt(file=file, what=f"lacks {CHECKSUM}, its checksum")
+    # Shapes and sizes in it decide how much memory the code is given: a slip in one would be a crash.
+    if (found := checksum_of(data)) != data[CHECKSUM]:
+        what = f"was changed by hand or damaged: its values have SHA-256 {found[:12]}, {CHECKSUM} says "
+        raise BundleCorrupt(file=file, what=what + f"{data[CHECKSUM]!s:.12}")
     try:
         return Manifest.from_json(data)
     except KeyError as error:

@@ -20,7 +20,7 @@ from graphopt.export import KINDS, SUFFIXES, Kind, export, name_for
 from graphopt.manifest import NOT_VERIFIED, Manifest, Verification, versions
 from graphopt.program import Program
 from graphopt.staging import reason_of, resolved
-from graphopt.verify import Run, Sample, round_up, samples_of, verify
+from graphopt.verify import Run, Sample, counted, round_up, samples_of, verify
 
 if TYPE_CHECKING:
     from graphopt.codegen.artefact import Artefact
@@ -250,7 +250,7 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
         f"canonicalise: {', '.join(CANONICALISE)}" if options.canonicalise else "canonicalise: left out",
         f"lower for {target} ({target.isa.name}, {target.isa.vector_bits} bits)",
         f"link for {target.zig}",
-        f"verify: run on {len(samples)} {samples[0].origin} with {runners}, compare with PyTorch"
+        f"verify: run on {counted(samples)} with {runners}, compare with PyTorch"
         if options.verify
         else "verify: left out, and the manifest says so",
         f"write {options.kind} {options.output}" if options.output is not None else "keep a temporary bundle",

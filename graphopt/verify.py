@@ -81,6 +81,13 @@ def samples_of(program: Program, calibration: Sequence[Mapping[str, Any]] | None
     return samples
 
 
+def counted(samples: Sequence[Sample]) -> str:
+    """How many there are of each origin: "1 set of example inputs, 1 set of random inputs"."""
+    origins = [sample.origin for sample in samples]
+    counts = {origin: origins.count(origin) for origin in origins}
+    return ", ".join(f"{count} {'set' if count == 1 else 'sets'} of {origin}" for origin, count in counts.items())
+
+
 def _random(program: Program) -> dict[str, Array]:
     """Normally distributed where floating; the example's own integers (they may be indices), else zeros and ones."""
     from graphopt.capture import seeded
@@ -125,10 +132,9 @@ def verify(program: Program, name: str, runners: Mapping[str, Run], samples: Seq
                 if fault is not None:
                     origin = {"name": name, "output": spec.name, "runner": runner, "inputs": sample.origin}
                     raise VerificationFailed(**origin, **fault)
-    origins = [sample.origin for sample in samples]
     return Verification(
         "passed",
-        inputs=", ".join(f"{origins.count(o)} {o}" for o in dict.fromkeys(origins)),
+        inputs=counted(samples),
         runners=tuple(runners),
         max_abs_error=round_up(worst.absolute),
         max_rel_error=round_up(worst.relative),

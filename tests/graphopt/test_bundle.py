@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from graphopt.errors import (
     OutputInTheWay,
     WrongInputs,
 )
-from graphopt.manifest import MANIFEST, NOT_VERIFIED, Manifest, Verification, read_manifest
+from graphopt.manifest import CHECKSUM, MANIFEST, NOT_VERIFIED, Manifest, Verification, checksum_of, read_manifest
 from graphopt.record import Record
 from graphopt.spec import TensorSpec
 from graphopt.staging import staged
@@ -194,9 +196,43 @@ def test_strange_manifests_are_refused(tmp_path: Path, change: object, error: ty
     path = write(tmp_path / "net.bundle")
     data = json.loads((path / MANIFEST).read_text())
     change(data)  # type: ignore[operator]
-    (path / MANIFEST).write_text(json.dumps(data))
+    # Whoever makes such a manifest may well add the checksum: what it says must not be trusted because of that.
+    (path / MANIFEST).write_text(json.dumps({**data, CHECKSUM: checksum_of(data)}))
     with pytest.raises(error):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(workspace_bytes=0),
+        lambda data: data.update(flops=1),
+        lambda data: data["inputs"][0].update(shape=[1, 3]),
+        lambda data: data["outputs"][0].update(shape=[200, 300]),
+        lambda data: data["verification"].update(status="passed"),
+        lambda data: data.update(extra="field"),
+        lambda data: data.pop(CHECKSUM),
+        lambda data: data.update({CHECKSUM: None}),
+    ],
+)
+def test_an_edited_manifest_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Any value that is not the one written, added or missing: BundleCorrupt, exit code 2; other spaces are fine."""
+    path = write(tmp_path / "net.bundle")
+    data = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(data))
+    assert load(path).manifest.workspace_bytes == 64
+    change(data)
+    (path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleCorrupt, match=f"changed by hand or damaged|{CHECKSUM}") as caught:
+        load(path)
+    assert caught.value.exit == Exit.BAD_INPUT
+
+
+def test_nothing_measured_is_null(tmp_path: Path) -> None:
+    """A bundle that was not verified states no error and no tolerance: 0 would read as perfect."""
+    found = json.loads((write(tmp_path / "net.bundle") / MANIFEST).read_text())["verification"]
+    assert [found[key] for key in ("max_abs_error", "max_rel_error", "rtol", "atol")] == [None] * 4
+    assert load(tmp_path / "net.bundle").manifest.verification == NOT_VERIFIED
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
@@ -306,7 +342,7 @@ def test_what_a_killed_process_left_is_removed_next_time(tmp_path: Path) -> None
 
 def test_save_copies(tmp_path: Path) -> None:
     """A saved copy is a bundle of its own with the same bytes."""
-    made = manifest(verification=Verification("passed", "1 example inputs", ("native",), 1e-7, 1e-6, 1e-4, 1e-4))
+    made = manifest(verification=Verification("passed", "1 set of example inputs", ("native",), 1e-7, 1e-6, 1e-4, 1e-4))
     first = load(write(tmp_path / "one", made))
     second = first.save(tmp_path / "two")
     assert second.manifest == read_manifest(tmp_path / "two") == first.manifest

@@ -100,7 +100,7 @@ def test_calibration(model_file: Path, tmp_path: Path) -> None:
     image, shift = (tensor.numpy() for tensor in small_inputs())
     np.savez(tmp_path / "good.npz", image=np.stack([image, image * 2]), shift=np.stack([shift, shift]))
     bundle = graphopt.compile(model_file, calibration=tmp_path / "good.npz")
-    assert bundle.manifest.verification.inputs == "2 calibration inputs"
+    assert bundle.manifest.verification.inputs == "2 sets of calibration inputs"
     np.savez(tmp_path / "bad.npz", image=image[:, :2], shift=shift)
     with pytest.raises(BadSample, match=r"image has shape \[1, 2, 8, 8\]; wanted \[1, 3, 8, 8\]"):
         graphopt.compile(model_file, calibration=tmp_path / "bad.npz")

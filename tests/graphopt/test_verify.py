@@ -44,7 +44,7 @@ def test_agreement_is_recorded(program: graphopt.Program) -> None:
     found = verify(program, "two", {"native": right, "other": nearly}, samples_of(program))
     assert found.passed
     assert found.runners == ("native", "other")
-    assert found.inputs == "1 example inputs"
+    assert found.inputs == "1 set of example inputs"
     assert 0 < found.max_abs_error < 1e-5
     assert 0 < found.max_rel_error < 1e-6
     assert (found.rtol, found.atol) == (F32.rtol, F32.atol)
