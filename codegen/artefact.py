@@ -48,3 +48,8 @@ class Artefact:
     kernels: tuple[KernelInfo, ...]
     declined: tuple[Decline, ...] = ()  # templates that looked and did not apply
     files: Mapping[str, bytes] = field(default_factory=dict)  # what else belongs into the bundle, as it is
+
+    @property
+    def weights_bytes(self) -> int:
+        """The size of the weights."""
+        return len(self.weights)

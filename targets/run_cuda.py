@@ -12,7 +12,7 @@ import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
 from graphopt.targets.cpu import runs_here
-from graphopt.targets.runner import Interface, aligned_array, array_dtype, dense
+from graphopt.targets.runner import Interface, aligned_array, array_dtype, check_sizes, dense
 from graphopt.targets.target import Target
 
 
@@ -47,6 +47,7 @@ class Runner:
         Raises:
             ToolMissing: there is no GPU.
             RunFailed: the library, the kernels or the weights cannot be loaded.
+            BundleCorrupt: the library is another model's.
         """
         if reason := why_not(target):
             raise ToolMissing(tool="a GPU", purpose=f"run {target}", install=reason)
@@ -56,6 +57,11 @@ class Runner:
             weights = (folder / "weights.bin").read_bytes()
         except OSError as error:
             raise RunFailed(name=name, runner=self.name, reason=str(error)) from error
+        workspace_bytes, weights_bytes = (self._library[f"{name}_{what}_bytes"] for what in ("workspace", "weights"))
+        workspace_bytes.restype = weights_bytes.restype = ctypes.c_size_t
+        check_sizes(folder, model, workspace_bytes=workspace_bytes(), weights_bytes=weights_bytes())
+        if (wanted := weights_bytes()) != len(weights):
+            raise RunFailed(name=name, runner=self.name, reason=f"weights.bin has {len(weights)} bytes, not {wanted}")
         self._error = self._library[f"{name}_error"]
         self._error.restype = ctypes.c_char_p
         self._call, self._unload = self._library[f"{name}_run"], self._library[f"{name}_unload"]

@@ -19,7 +19,7 @@ import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
 from graphopt.targets.cpu import runs_here
-from graphopt.targets.runner import Interface, dense, from_bytes, spec_bytes
+from graphopt.targets.runner import Interface, check_sizes, dense, from_bytes, spec_bytes
 from graphopt.targets.target import Target
 from graphopt.targets.zig import zig_installed
 
@@ -70,6 +70,7 @@ class Runner:
         """See `graphopt.targets.runner.Runner`. Runs twice, with two orders of threads, and compares.
 
         Raises:
+            BundleCorrupt: the library is another model's.
             RunFailed: the library's own error; or the result depends on the order of threads: a race.
         """
         arrays = dense(self._model.inputs, inputs)
@@ -100,8 +101,9 @@ class Runner:
             for i, array in enumerate(arrays):
                 (place / f"in{i}").write_bytes(array.tobytes())
             sizes = [str(spec_bytes(spec)) for spec in self._model.outputs]
-            where = [str(self._bundle / f"lib{name}.so"), name, str(self._bundle / "weights.bin"), work]
-            command = [sys.executable, "-S", str(CHILD), *where, str(len(arrays)), *sizes]
+            files = [str(self._bundle / f"lib{name}.so"), name, str(self._bundle / "weights.bin")]
+            memory = [str(self._model.workspace_bytes), str(self._model.weights_bytes)]
+            command = [sys.executable, "-S", str(CHILD), *files, *memory, work, str(len(arrays)), *sizes]
             environment = {
                 **os.environ,
                 "LD_LIBRARY_PATH": self._folder.name,
@@ -115,6 +117,9 @@ class Runner:
             except subprocess.TimeoutExpired as error:
                 reason = f"took more than {TIMEOUT_S} seconds"
                 raise RunFailed(name=name, runner=self.name, reason=reason) from error
+            if done.returncode == 3:  # it says what its sizes are
+                workspace_bytes, weights_bytes = map(int, done.stderr.split())
+                check_sizes(self._bundle, self._model, workspace_bytes=workspace_bytes, weights_bytes=weights_bytes)
             if done.returncode != 0:
                 reason = done.stderr.strip() or f"the process ended with status {done.returncode}"
                 raise RunFailed(name=name, runner=self.name, reason=reason)

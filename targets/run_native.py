@@ -16,7 +16,7 @@ import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
 from graphopt.targets.cpu import runs_here
-from graphopt.targets.runner import Interface, aligned_array, array_dtype, dense
+from graphopt.targets.runner import Interface, aligned_array, array_dtype, check_sizes, dense
 from graphopt.targets.target import Target
 
 
@@ -41,6 +41,7 @@ class Runner:
         Raises:
             ToolMissing: this machine cannot run it.
             RunFailed: the library or the weights cannot be loaded.
+            BundleCorrupt: the library is another model's.
         """
         if reason := why_not(target):
             raise ToolMissing(tool="a fitting processor", purpose=f"run {target}", install=reason)
@@ -55,9 +56,10 @@ class Runner:
         self._set_threads = self._library[f"{name}_set_threads"]
         self._set_threads.argtypes, self._set_threads.restype = [ctypes.c_int32], None
         self._set_threads(threads)
-        size = self._library[f"{name}_workspace_bytes"]
-        size.restype = ctypes.c_size_t
-        self._workspace = aligned_array((size(),), np.dtype(np.uint8))
+        workspace_bytes, weights_bytes = (self._library[f"{name}_{what}_bytes"] for what in ("workspace", "weights"))
+        workspace_bytes.restype = weights_bytes.restype = ctypes.c_size_t
+        check_sizes(folder, model, workspace_bytes=workspace_bytes(), weights_bytes=weights_bytes())
+        self._workspace = aligned_array((workspace_bytes(),), np.dtype(np.uint8))
         map_weights = self._library[f"{name}_map_weights"]
         map_weights.argtypes, map_weights.restype = [ctypes.c_char_p], ctypes.c_void_p
         self._weights = map_weights(str(folder / "weights.bin").encode())

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
-from graphopt.targets.runner import Interface, dense, from_bytes
+from graphopt.targets.runner import Interface, check_sizes, dense, from_bytes
 from graphopt.targets.target import Target
 
 OLDEST = 18
@@ -58,6 +58,7 @@ class Runner:
         Raises:
             ToolMissing: Node is not installed, or too old.
             RunFailed: the loader fails.
+            BundleCorrupt: the module is another model's.
         """
         if reason := why_not(target):
             raise ToolMissing(tool=f"Node {OLDEST} or later", purpose=f"run {target}", install=reason)
@@ -78,7 +79,8 @@ class Runner:
             env={key: value for key, value in os.environ.items() if key != "NODE_OPTIONS"},
         )
         try:
-            self._reply(timeout_s)
+            found = self._reply(timeout_s)
+            check_sizes(folder, model, workspace_bytes=found["workspaceBytes"], weights_bytes=found["weightsBytes"])
         except BaseException:
             self.close()
             raise

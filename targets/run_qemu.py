@@ -17,7 +17,7 @@ import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
 from graphopt.targets.cpu import host_machine
-from graphopt.targets.runner import Interface, dense, from_bytes, spec_bytes
+from graphopt.targets.runner import Interface, check_sizes, dense, from_bytes, spec_bytes
 from graphopt.targets.target import Target
 from graphopt.targets.zig import zig, zig_installed
 
@@ -73,7 +73,7 @@ class Runner:
         # One that this qemu does not know is emulated by one that has all instructions.
         self._qemu = [qemu, "-cpu", processor if processor in processors(qemu) else "max"]
         self._model, self._threads, self._timeout_s = model, threads, timeout_s
-        self._weights = (folder / "weights.bin").resolve()
+        self._folder, self._weights = folder, (folder / "weights.bin").resolve()
         dynamic = (SYSROOT / "lib" / "ld-linux-aarch64.so.1").is_file()
         if dynamic:
             self._qemu += ["-L", str(SYSROOT)]
@@ -84,6 +84,8 @@ class Runner:
             for source in (runtime_folder() / "main.c", runtime_folder() / "runtime.h", folder / f"lib{model.name}.a"):
                 shutil.copyfile(source, place / source.name)
             options = [f"-DGRAPHOPT_NAME={model.name}", "-std=gnu11", "-O2", "-fno-sanitize=all", "-s"]
+            for what, size in (("WORKSPACE", model.workspace_bytes), ("WEIGHTS", model.weights_bytes)):
+                options.append(f"-DGRAPHOPT_{what}_BYTES={size}")
             for what, specs in (("INPUT", model.inputs), ("OUTPUT", model.outputs)):
                 options.append(f"-DGRAPHOPT_{what}_BYTES=" + "".join(f"{spec_bytes(spec)}," for spec in specs))
             command = ["cc", "-target", *machine, *options, "main.c", f"lib{model.name}.a", *LIBRARIES, "-o", "main"]
@@ -96,7 +98,7 @@ class Runner:
             raise
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """See `graphopt.targets.runner.Runner`."""
+        """See `graphopt.targets.runner.Runner`. Raises BundleCorrupt where the library is another model's."""
         return self._run(inputs, 0.0)[0]
 
     def time(self, inputs: Sequence[np.ndarray], seconds: float) -> list[float]:
@@ -126,6 +128,9 @@ class Runner:
             )
         except subprocess.TimeoutExpired as error:
             raise self._failed(f"no result within {self._timeout_s:g} seconds") from error
+        if done.returncode == 3:  # it says what its sizes are
+            workspace_bytes, weights_bytes = map(int, done.stderr.split())
+            check_sizes(self._folder, self._model, workspace_bytes=workspace_bytes, weights_bytes=weights_bytes)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
             raise self._failed(lines[0])

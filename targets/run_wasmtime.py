@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
-from graphopt.targets.runner import ALIGNMENT_BYTES, Interface, dense, from_bytes, spec_bytes
+from graphopt.targets.runner import ALIGNMENT_BYTES, Interface, check_sizes, dense, from_bytes, spec_bytes
 from graphopt.targets.target import Target
 
 _PAGE_BYTES = 65536
@@ -33,6 +33,7 @@ class Runner:
         Raises:
             ToolMissing: wasmtime is not installed.
             RunFailed: the module cannot be compiled, or its memory not be had.
+            BundleCorrupt: the module is another model's.
         """
         if reason := why_not(target):
             raise ToolMissing(tool="wasmtime", purpose=f"run {target}", install=reason)
@@ -52,12 +53,16 @@ class Runner:
             self._memory = exports["memory"]
             self._call = exports[f"{name}_run"]
             self._top = exports["__heap_base"].value(self._store)
-            if (wanted := exports[f"{name}_weights_bytes"](self._store)) != len(weights):
+            sizes = {
+                f"{w}_bytes": exports[f"{name}_{w}_bytes"](self._store) % (1 << 32) for w in ("workspace", "weights")
+            }
+            check_sizes(folder, model, **sizes)
+            if (wanted := sizes["weights_bytes"]) != len(weights):
                 raise RunFailed(
                     name=name, runner=self.name, reason=f"weights.bin has {len(weights)} bytes, not {wanted}"
                 )
             self._weights = self._reserve(len(weights))
-            self._workspace = self._reserve(exports[f"{name}_workspace_bytes"](self._store))
+            self._workspace = self._reserve(sizes["workspace_bytes"])
             self._inputs = [self._reserve(spec_bytes(spec)) for spec in model.inputs]
             self._outputs = [self._reserve(spec_bytes(spec)) for spec in model.outputs]
             tables = [np.array(at, "<u4").tobytes() for at in (self._inputs, self._outputs)]

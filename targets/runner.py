@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from graphopt.arrays import numpy_dtype
+from graphopt.errors import BundleCorrupt
 from graphopt.spec import TensorSpec
 from graphopt.targets.target import Kind, Target
 
@@ -29,6 +30,8 @@ class Interface(Protocol):
     def outputs(self) -> tuple[TensorSpec, ...]: ...
     @property
     def workspace_bytes(self) -> int: ...
+    @property
+    def weights_bytes(self) -> int: ...
 
 
 class Runner(Protocol):
@@ -79,6 +82,20 @@ def why_not(runner: str, target: Target) -> str:
 def runners_of(target: Target) -> tuple[str, ...]:
     """The names of what can run `target` here. Empty where nothing can."""
     return tuple(name for name in RUNNERS[target.kind] if not why_not(name, target))
+
+
+def check_sizes(folder: Path, model: Interface, *, workspace_bytes: int, weights_bytes: int) -> None:
+    """Hold what the code in `folder` says of itself against what `model` says of it.
+
+    Raises:
+        BundleCorrupt: they differ. Then its shapes may be another model's as well, and running it would read and write
+            out of bounds.
+    """
+    for what, found in (("workspace", workspace_bytes), ("weights", weights_bytes)):
+        wanted = getattr(model, f"{what}_bytes")
+        if found != wanted:
+            text = f"the code of {model.name} was made for {what} of {found:,} bytes, the manifest says {wanted:,}"
+            raise BundleCorrupt(file=folder, what=text)
 
 
 def array_dtype(spec: TensorSpec) -> np.dtype:

@@ -27,6 +27,8 @@ export interface LoadOptions {
 export interface Model {
   readonly inputs: TensorSpec[];
   readonly outputs: TensorSpec[];
+  readonly workspaceBytes: number;
+  readonly weightsBytes: number;
   /**
    * Run the model. Inputs are copied in; outputs are new arrays.
    * @throws TypeError or RangeError where a name, type or length does not fit.

@@ -57,6 +57,11 @@ class Model {
   #outputTable;
 
   constructor(instance, weights) {
+    const { __NAME___workspace_bytes: workspaceBytes, __NAME___weights_bytes: weightsBytes } = instance.exports;
+    // Two builds of a model whose files were mixed up would write out of bounds.
+    if (workspaceBytes() >>> 0 !== MODEL.workspaceBytes || weightsBytes() >>> 0 !== MODEL.weightsBytes) {
+      throw new RangeError("__NAME__: the module and this loader are not of the same build");
+    }
     this.#instance = instance;
     this.#memory = instance.exports.memory;
     let top = aligned(instance.exports.__heap_base.value);
@@ -85,6 +90,14 @@ class Model {
     new Uint32Array(memory, this.#inputTable, MODEL.inputs.length).set(this.#inputsAt);
     new Uint32Array(memory, this.#outputTable, MODEL.outputs.length).set(this.#outputsAt);
     instance.exports._initialize?.();
+  }
+
+  get workspaceBytes() {
+    return MODEL.workspaceBytes;
+  }
+
+  get weightsBytes() {
+    return MODEL.weightsBytes;
   }
 
   get inputs() {

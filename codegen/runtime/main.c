@@ -3,8 +3,9 @@
      main WEIGHTS THREADS SECONDS TIMES INPUTS... OUTPUTS...
 
    reads the input files, runs for SECONDS (0: once), writes the output files and, as doubles, the seconds of each run
-   into TIMES. The bytes of each input and output are compiled in. Ends with 0, with 1 where a file is at fault, with 2
-   where a kernel failed; standard error says which. */
+   into TIMES. The bytes of each input and output are compiled in, and those of the workspace and the weights, which must
+   be the model's own. Ends with 0, with 1 where a file is at fault, with 2 where a kernel failed, with 3 where the sizes
+   differ; standard error says which. */
 #define _GNU_SOURCE
 #include "runtime.h"
 
@@ -13,6 +14,7 @@
 #include <time.h>
 
 size_t GRAPHOPT_SYMBOL(workspace_bytes)(void);
+size_t GRAPHOPT_SYMBOL(weights_bytes)(void);
 int32_t GRAPHOPT_SYMBOL(run)(const void *, const void *const *, void *const *, void *);
 void GRAPHOPT_SYMBOL(set_threads)(int32_t);
 const void *GRAPHOPT_SYMBOL(map_weights)(const char *);
@@ -48,6 +50,11 @@ int main(int count, char **arguments) {
     fprintf(stderr, "%d arguments, not %d\n", count - 1, 4 + INPUTS + OUTPUTS);
     return 1;
   }
+  size_t workspace_bytes = GRAPHOPT_SYMBOL(workspace_bytes)(), weights_bytes = GRAPHOPT_SYMBOL(weights_bytes)();
+  if (workspace_bytes != GRAPHOPT_WORKSPACE_BYTES || weights_bytes != GRAPHOPT_WEIGHTS_BYTES) {
+    fprintf(stderr, "%zu %zu\n", workspace_bytes, weights_bytes);
+    return 3;
+  }
   const void *weights = GRAPHOPT_SYMBOL(map_weights)(arguments[1]);
   if (!weights) {
     fprintf(stderr, "%s: missing, or of another size\n", arguments[1]);
@@ -55,7 +62,7 @@ int main(int count, char **arguments) {
   }
   GRAPHOPT_SYMBOL(set_threads)(atoi(arguments[2]));
   const void *inputs[INPUTS + 1];
-  void *outputs[OUTPUTS + 1], *workspace = memory(GRAPHOPT_SYMBOL(workspace_bytes)());
+  void *outputs[OUTPUTS + 1], *workspace = memory(workspace_bytes);
   for (int i = 0; i < INPUTS; i++) {
     void *data = memory(input_bytes[i]);
     transfer(arguments[5 + i], data, input_bytes[i], 0);

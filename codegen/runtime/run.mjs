@@ -1,4 +1,5 @@
-// Runs a bundle's loader for graphopt: `node run.mjs LOADER`, then one JSON request a line on standard input, one reply a line.
+// Runs a bundle's loader for graphopt: `node run.mjs LOADER` says the sizes of the model's memory, or an error. Then comes
+// one JSON request a line on standard input, one reply a line.
 //   {"inputs": {name: file}, "outputs": {name: file}}    run once, write the outputs
 //   {"inputs": {name: file}, "seconds": s}               run for s seconds; the reply has the seconds of each run
 import { readFileSync, writeFileSync } from "node:fs";
@@ -36,7 +37,7 @@ function answer({ inputs, outputs, seconds }) {
 try {
   const { load } = await import(pathToFileURL(process.argv[2]));
   model = await load();
-  reply({});
+  reply({ workspaceBytes: model.workspaceBytes, weightsBytes: model.weightsBytes });
 } catch (error) {
   reply({ error: error.message });
   process.exit(1);

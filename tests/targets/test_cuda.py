@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from graphopt.errors import RunFailed
+from graphopt.errors import BundleCorrupt, RunFailed
 from graphopt.targets import open_runner, resolve, run_cuda, run_emulated_gpu
 from graphopt.targets.cuda import DEFAULT, GPUS, gpu_of
 from graphopt.targets.toolchain import link
@@ -83,6 +84,15 @@ def test_the_library_runs_on_the_emulated_driver(model, emulated, driver):
         for x in model.artefact.launches
     ]
     assert lines[-1] == "release 0 blocks left"
+
+
+def test_a_library_of_other_sizes_is_not_run(model, folder):
+    """What the manifest says of the memory is held against what the library says of itself, before it is loaded."""
+    other = replace(model.artefact, workspace_bytes=model.artefact.workspace_bytes + 64)
+    runner = run_emulated_gpu.Runner(folder, other, resolve("cuda:sm_80"))
+    with pytest.raises(BundleCorrupt, match="made for workspace of"):
+        runner.run(model.inputs)
+    runner.close()
 
 
 @pytest.mark.parametrize(("capability", "image"), [("8.0", "cubin"), ("8.9", "cubin"), ("9.0", "ptx"), ("12.0", "ptx")])

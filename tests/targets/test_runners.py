@@ -7,11 +7,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from graphopt.errors import Exit, RunFailed, ToolMissing
+from graphopt.errors import BundleCorrupt, Exit, RunFailed, ToolMissing
 from graphopt.targets import open_runner, resolve, run_node, run_qemu
 from graphopt.targets.run_node import Runner as NodeRunner
 from graphopt.targets.run_qemu import Runner as QemuRunner
@@ -92,6 +93,18 @@ def test_weights_of_another_size_are_refused(spec, name, linked, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"short")
     with pytest.raises(RunFailed, match=r"another size|has 5 bytes|have 5 bytes"):
         open_runner(tmp_path, made, resolve(spec), runner=name).run(sample())
+
+
+@pytest.mark.parametrize(("spec", "name"), ALL)
+@pytest.mark.parametrize("what", ["workspace_bytes", "weights_bytes"])
+def test_code_of_other_sizes_is_not_run(spec, name, what, linked):
+    """What the manifest says of the memory is held against what the code says of itself, before it runs."""
+    folder, made = linked(spec)
+    sizes = {"workspace_bytes": made.workspace_bytes, "weights_bytes": made.weights_bytes}
+    model = SimpleNamespace(name=made.name, inputs=made.inputs, outputs=made.outputs, **{**sizes, what: 128})
+    with pytest.raises(BundleCorrupt, match=f"made for {what[:-6]} of .* bytes, the manifest says 128") as caught:
+        open_runner(folder, model, resolve(spec), runner=name).run(sample())
+    assert caught.value.exit == Exit.BAD_INPUT
 
 
 def test_numpys_own_alignment_is_enough(opened):
