@@ -1,22 +1,25 @@
 """Outputs that are whole or not there: made in a hidden sibling folder, then renamed into place.
 
 A process that is killed outright cannot clean up after itself. So the sibling is locked while its maker lives, and
-whoever writes to the same place next removes the siblings that nobody locks.
+whoever writes into the same folder next removes the siblings that nobody locks.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from graphopt.errors import CannotWrite
 
 _MARK = ".graphopt-"
+# As `tempfile.mkdtemp` completes it: what else begins so was made by somebody else.
+_STAGE = re.compile(r"\.(?P<output>.+)" + re.escape(_MARK) + "[a-z0-9_]{8}")
 
 
 def reason_of(error: OSError) -> str:
@@ -35,10 +38,8 @@ def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
     place = resolved(output)
     with ExitStack() as stack:
         try:
-            sweep(place)
-            stage = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}{_MARK}"))
-            stack.callback(_remove, stage)
-            _lock(stage, stack)
+            sweep(place.parent)
+            stage = _new_stage(place, stack)
         except OSError as error:
             raise CannotWrite(file=output, reason=reason_of(error)) from error
         try:
@@ -100,22 +101,40 @@ def resolved(output: str | os.PathLike[str]) -> Path:
     return Path(output).resolve()
 
 
-def sweep(place: Path) -> None:
-    """Remove the siblings that killed processes left for this output. A replaced bundle is put back where the new one
-    had not arrived."""
-    for stage in place.parent.glob(f".{place.name}{_MARK}*"):
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in `folder`, whatever their outputs were called. A replaced bundle is put back
+    where the new one had not arrived."""
+    for stage in folder.glob(f".*{_MARK}*"):
+        if (match := _STAGE.fullmatch(stage.name)) is None:
+            continue
         with ExitStack() as stack:
             try:
                 _lock(stage, stack)
             except OSError:
                 continue  # its maker is alive, or it is not ours to touch
+            place = folder / match["output"]
             if (stage / "replaced").exists() and not place.exists():
                 (stage / "replaced").rename(place)
             _remove(stage)
 
 
+def _new_stage(place: Path, stack: ExitStack) -> Path:
+    """A new locked sibling of `place`, unlocked and removed by `stack`."""
+    while True:
+        stage = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}{_MARK}"))
+        with ExitStack() as attempt:
+            attempt.callback(_remove, stage)
+            # Before it is locked, another process may take it for a dead one's and sweep it away.
+            with suppress(FileNotFoundError, BlockingIOError):
+                _lock(stage, attempt)
+                if stage.is_dir():
+                    stack.push(attempt.pop_all())
+                    return stage
+
+
 def _lock(stage: Path, stack: ExitStack) -> None:
-    handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
+    # A link could lead anywhere, and what is in a stage gets removed.
+    handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     stack.callback(os.close, handle)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from graphopt import bundle as bundles
+from graphopt import staging
 from graphopt.bundle import Bundle, load, new_bundle, seal
 from graphopt.errors import (
     BundleCorrupt,
@@ -333,10 +335,41 @@ def test_what_a_killed_process_left_is_removed_next_time(tmp_path: Path) -> None
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert len(os.listdir(tmp_path)) == 1
-    with staged(tmp_path / "net.bundle") as alive:
+    with staged(tmp_path / "other.bundle") as alive:
         assert len(os.listdir(tmp_path)) == 1
-        write(tmp_path / "net.bundle")
+        write(tmp_path / "third.bundle")
         assert alive.exists()
+    assert os.listdir(tmp_path) == ["third.bundle"]
+
+
+def test_only_what_is_certainly_ours_is_swept(tmp_path: Path) -> None:
+    """A bundle that a killed process had moved aside comes back; what a link leads to and other names stay."""
+    write(tmp_path / "old.bundle").rename(tmp_path / "aside")
+    (tmp_path / ".old.bundle.graphopt-abcd_123").mkdir()
+    (tmp_path / "aside").rename(tmp_path / ".old.bundle.graphopt-abcd_123" / "replaced")
+    (tmp_path / ".notes.graphopt-2026").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".x.graphopt-aaaaaaaa").symlink_to("mine")
+    write(tmp_path / "net.bundle")
+    assert load(tmp_path / "old.bundle").name == "net"
+    left = [".notes.graphopt-2026", ".x.graphopt-aaaaaaaa", "mine", "net.bundle", "old.bundle"]
+    assert sorted(os.listdir(tmp_path)) == left
+
+
+def test_a_sweeper_that_comes_too_early_is_outrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that is swept between its making and its locking is made anew."""
+    really = staging._lock
+    swept: list[Path] = []
+
+    def slow(stage: Path, stack: ExitStack) -> None:
+        if not swept:
+            swept.append(stage)
+            staging.sweep(tmp_path)
+        really(stage, stack)
+
+    monkeypatch.setattr(staging, "_lock", slow)
+    write(tmp_path / "net.bundle")
+    assert not swept[0].exists()
     assert os.listdir(tmp_path) == ["net.bundle"]
 
 
