@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import operator
@@ -23,7 +22,6 @@ from torch.utils import _pytree as pytree
 from graphopt import model_file
 from graphopt.errors import (
     BadInputShape,
-    BadModelFactory,
     CaptureFailed,
     CorruptModel,
     InputsNeeded,
@@ -34,6 +32,7 @@ from graphopt.exported import decomposed, keys_of
 from graphopt.program import Program
 from graphopt.record import Record
 from graphopt.spec import TensorSpec, dtype_name
+from graphopt.user_code import build
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def capture(
 
     Raises:
         GraphoptError: one of the classes that `model_file.load` names, or BadInputShape, InputsNeeded, CaptureFailed,
-            StateDictNeedsModel, StateDictMismatch, BadModelFactory, WrongInputs.
+            StateDictNeedsModel, StateDictMismatch, BadModelFactory, ModuleMissing, WrongInputs.
     """
     shapes = {key: _as_spec(key, value) for key, value in (input_shapes or {}).items()}
     if isinstance(model, ExportedProgram):
@@ -88,7 +87,7 @@ def capture(
     if model_factory is None:
         raise StateDictNeedsModel(file=file)
     assert found.state_dict is not None
-    module = _build(model_factory)
+    module = build(model_factory)
     _fill(module, found.state_dict, file, model_factory)
     return _from_module(module, example_inputs, shapes, name, own_weights=True)
 
@@ -347,19 +346,6 @@ def _rows_looked_up(node: Node) -> int | None:
             rows.append(_rows_looked_up(user) or 0)
     rows = [count for count in rows if count]
     return min(rows) if rows else None
-
-
-def _build(factory: str) -> nn.Module:
-    module_name, _, function = factory.partition(":")
-    if not module_name or not function:
-        raise BadModelFactory(factory=factory, reason="is not of the form package.module:function")
-    try:
-        module = getattr(importlib.import_module(module_name), function)()
-    except Exception as error:  # the user's own code runs here
-        raise BadModelFactory(factory=factory, reason=f"{type(error).__name__}: {error}") from error
-    if not isinstance(module, nn.Module):
-        raise BadModelFactory(factory=factory, reason=f"gave a {type(module).__name__}, not an nn.Module")
-    return module
 
 
 def _fill(module: nn.Module, weights: Mapping[str, Tensor], file: Path, factory: str) -> None:

@@ -183,6 +183,41 @@ class BadModelFactory(GraphoptError):
     hint = "write package.module:function; the function is called without arguments and returns an nn.Module"
 
 
+class ModuleMissing(GraphoptError):
+    """A Python module that --model, --import or a pickled object names, or one that it imports, is not to be found."""
+
+    code = "module-not-found"
+    message = "{what}: there is no Python module {module}"
+    hint = (
+        "modules are looked for in the working directory, in the folders that the variable PYTHONPATH names, and among "
+        "the packages installed beside graphopt"
+    )
+
+
+class ImportFailed(GraphoptError):
+    """A module that --import names raised an exception."""
+
+    code = "import-failed"
+    message = "--import {module}: {reason}"
+    hint = "`python -c 'import {module}'` shows the whole story"
+
+
+class ClassMissing(GraphoptError):
+    """A pickled object's class is not in the module that the file says."""
+
+    code = "class-not-found"
+    message = "{file}: holds an object of the class {name}, and the module {module} has none"
+    hint = "save it from a program that imports {name} from a module of its own, which is then to be found here as well"
+
+
+class UnregisteredClass(GraphoptError):
+    """An exported program takes or gives a class that PyTorch has to be told of, such as transformers.ModelOutput."""
+
+    code = "unregistered-class"
+    message = "{file}: the model takes or gives {name}, a class that PyTorch does not know here"
+    hint = "{way_out}"
+
+
 class BadInputShape(GraphoptError):
     """An --input-shape that cannot be read, or that does not fit the model."""
 

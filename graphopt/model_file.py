@@ -38,12 +38,14 @@ from graphopt.errors import (
     UnsupportedFormat,
 )
 from graphopt.program import EXTRA
+from graphopt.user_code import check_registered, check_unpickled
 
 # torch writes archives without compression. A file that says it unpacks to more than this many times its size was
 # made by somebody else, and with no good in mind.
 MAX_INFLATION = 8
 _INFLATION_FREE_BYTES = 16 * 1024 * 1024
 
+_TREE_SPECS = ("in_spec", "out_spec")
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 # What a node of a saved graph may call: an operator, or arithmetic on sizes.
@@ -92,6 +94,7 @@ def load(path: str | os.PathLike[str], *, unsafe_load: bool = False) -> Loaded:
         ModelNotFound: it is missing or unreadable.
         NotAModel, CorruptModel, ModelTooLarge: it is no model, or a damaged or an impossibly large one.
         UnsafeModel: loading it would run code, and `unsafe_load` is not given.
+        UnregisteredClass, ModuleMissing, ClassMissing: it needs a class that is not to be had here.
         ScriptedModel, UnsupportedFormat: a known format that is not taken; the hint says the way out.
     """
     file = Path(path)
@@ -214,6 +217,7 @@ def _unpickle(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=False)
     except Exception as error:  # unpickling runs foreign code: anything may come out
+        check_unpickled(file, error)
         raise CorruptModel(file=file, kind="pickled object", reason=_first_line(error)) from error
 
 
@@ -245,10 +249,21 @@ def _load_exported(file: Path, unsafe_load: bool) -> Loaded:
     except GraphoptError:
         raise
     except Exception as error:  # the loader has no error class of its own: assertions, KeyError, RuntimeError, ...
+        check_registered(file, _tree_specs(file))
         raise CorruptModel(file=file, kind="exported program", reason=_first_line(error)) from error
     if not unsafe_load:
         _check_targets(file, exported)
     return Loaded(exported=exported, extra=notes)
+
+
+def _tree_specs(file: Path) -> list[str]:
+    """How inputs and outputs of the saved programs are nested, as text; none where the archive cannot be read."""
+    try:
+        reader = torch._C.PyTorchFileReader(str(file))
+        models = [json.loads(reader.get_record(n)) for n in reader.get_all_records() if n.startswith("models/")]
+    except (RuntimeError, ValueError, RecursionError):
+        return []
+    return [value for model in models for key, value in _walk(model) if key in _TREE_SPECS and isinstance(value, str)]
 
 
 def _check_archive(file: Path, stream: IO[bytes]) -> None:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.arrays import fit_inputs, samples_in
-from graphopt.bundle import Bundle, check_replaceable, keep_while, load, new_bundle, open_runner, seal
+from graphopt.bundle import Bundle, keep_while, load, new_bundle, open_runner, seal
 from graphopt.capture import capture
 from graphopt.cost import summary
-from graphopt.errors import BadOption, CannotWrite, OutputInTheWay, ToolMissing
-from graphopt.export import KINDS, SUFFIXES, Kind, export, name_for
+from graphopt.errors import BadOption, CannotWrite, ToolMissing
+from graphopt.export import export
 from graphopt.manifest import NOT_VERIFIED, Manifest, Verification, versions
+from graphopt.options import Options, check_output
 from graphopt.program import Program
-from graphopt.staging import reason_of, resolved
+from graphopt.staging import reason_of
 from graphopt.verify import Run, Sample, counted, round_up, samples_of, verify
 
 if TYPE_CHECKING:
@@ -34,35 +35,6 @@ Progress = Callable[[str], None]
 
 def _silent(_: str) -> None:
     pass
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a compilation may be told. Paths are as the user gave them."""
-
-    target: str = "cpu"
-    output: str | os.PathLike[str] | None = None
-    example_inputs: Any = None
-    input_shapes: Mapping[str, Any] | None = None
-    model_factory: str | None = None
-    unsafe_load: bool = False
-    name: str | None = None
-    calibration: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None
-    verify: bool = True
-    canonicalise: bool = True
-    dump_dir: str | os.PathLike[str] | None = None
-
-    @property
-    def kind(self) -> Kind:
-        """What is written, by the suffix of the output."""
-        return "bundle" if self.output is None else SUFFIXES.get(Path(self.output).suffix, "bundle")
-
-    @property
-    def name_wanted(self) -> str | None:
-        """The name that was asked for; that of a library's file, since C symbols and file names should agree."""
-        if self.name is None and self.output is not None and self.kind != "bundle":
-            return name_for(self.output)
-        return self.name
 
 
 @dataclass(frozen=True)
@@ -191,34 +163,12 @@ def run_phases(source: Any, options: Options, target: Target, stage: Path, step:
 
 
 def check_options(options: Options) -> Target:
-    """The target, having refused what cannot work before minutes are spent on it.
-
-    Raises:
-        UnknownTarget: there is no such target.
-        BadOption: the output's suffix does not fit the target.
-        OutputInTheWay, CannotWrite: the output cannot be written where it shall be.
-    """
+    """The target, having refused what cannot work and warned of what is unwise. Raises as `check_output` does."""
     from graphopt import targets
 
-    target = targets.resolve(options.target)
+    target = check_output(options)
     if text := targets.warning(target):
         log.warning(text)
-    if options.kind not in KINDS[target.kind]:
-        fitting = [suffix for suffix, kind in SUFFIXES.items() if kind in KINDS[target.kind]]
-        raise BadOption(
-            what=f"{options.output}: {target.kind} has no {Path(os.fspath(options.output or '')).suffix} form",
-            way_out=f"for {options.target} write a bundle folder, or {' or '.join(fitting)}",
-        )
-    if options.output is not None:
-        place = resolved(options.output)
-        if not place.parent.is_dir():
-            raise CannotWrite(file=options.output, reason=f"there is no folder {Path(options.output).parent}")
-        if not os.access(place.parent, os.W_OK | os.X_OK):
-            raise CannotWrite(file=options.output, reason="Permission denied")
-        if options.kind == "bundle":
-            check_replaceable(options.output)
-        elif place.is_dir():
-            raise OutputInTheWay(file=options.output, what="is a folder")
     return target
 
 

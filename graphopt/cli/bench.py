@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.common import Debug, InputShapes, Json, Output, Quiet, UnsafeLoad, Verbose, input_shapes
+from graphopt.cli.common import (
+    Debug,
+    Imports,
+    InputShapes,
+    Json,
+    Output,
+    Quiet,
+    UnsafeLoad,
+    Verbose,
+    input_shapes,
+    user_code,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +53,7 @@ def bench(
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="Threads for each engine.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, max=3600.0, help="Time for each engine.")] = 5.0,
     unsafe_load: UnsafeLoad = False,
+    imports: Imports = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -63,6 +75,7 @@ def bench(
                 out.step("capturing the model")
                 from graphopt.capture import capture
 
+                user_code(imports, needed=bool(factory) or unsafe_load)
                 program = capture(
                     file, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load
                 )

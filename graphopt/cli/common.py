@@ -23,11 +23,19 @@ VERBS = ("compile", "run", "inspect", "bench", "targets")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2 file, or a .pt file with an exported program.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes, only errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and what --json asks for.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each step as it begins.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 UnsafeLoad = Annotated[
     bool, typer.Option("--unsafe-load", help="Unpickle a whole module. This runs code that the file brings along.")
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a Python module before the file is read, for classes that the model takes or gives. Repeatable.",
+    ),
 ]
 Factory = Annotated[
     str | None,
@@ -54,10 +62,10 @@ class Output:
     _status: Status | None = field(default=None, repr=False)
 
     def result(self, data: dict[str, Any], human: Callable[[Console], None]) -> None:
-        """Print `data` as JSON, or let `human` print it."""
+        """Print `data` as JSON, or let `human` print it; with --quiet only the JSON."""
         if self.as_json:
             print(json.dumps(data, sort_keys=True, indent=1, allow_nan=False, default=str))
-        else:
+        elif not self.quiet:
             human(stdout())
 
     def step(self, text: str) -> None:
@@ -129,6 +137,20 @@ def input_shapes(texts: list[str] | None) -> dict[str, Any]:
             raise BadOption(what=f"--input-shape {spec.name} is given twice", way_out="give each input one shape")
         shapes[spec.name] = spec
     return shapes
+
+
+def user_code(imports: list[str] | None, *, needed: bool) -> None:
+    """Import what --import names. Where that or another option needs modules of the user's, the working directory is
+    searched for them; else nothing that lies there is run.
+
+    Raises:
+        ModuleMissing, ImportFailed: as `import_modules`.
+    """
+    from graphopt.user_code import import_modules, see_working_directory
+
+    if imports or needed:
+        see_working_directory()
+    import_modules(imports or [])
 
 
 def amount(value: float, unit: str = "") -> str:

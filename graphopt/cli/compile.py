@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from graphopt.cli.common import (
     Debug,
     Factory,
+    Imports,
     InputShapes,
     Json,
     Model,
@@ -20,6 +22,7 @@ from graphopt.cli.common import (
     Verbose,
     amount,
     input_shapes,
+    user_code,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ def compile(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     unsafe_load: UnsafeLoad = False,
+    imports: Imports = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -67,12 +71,11 @@ def compile(
     """Compile a model for a target, check the result against PyTorch, and write it."""
     out = Output(json, quiet, verbose)
     started = time.perf_counter()
-    with out.working("importing PyTorch"):
-        from graphopt.pipeline import Options, build, plan
+    from graphopt.options import Options, check_output
+
     options = Options(
         target=target,
         output=output if output is not None else f"{Path(model).stem or 'model'}.bundle",
-        input_shapes=input_shapes(input_shape),
         model_factory=factory,
         name=name,
         calibration=calib,
@@ -81,6 +84,12 @@ def compile(
         dump_dir=dump_dir,
         unsafe_load=unsafe_load,
     )
+    check_output(options)  # before the seconds that importing PyTorch takes
+    with out.working("importing PyTorch"):
+        from graphopt.pipeline import build, plan
+
+        user_code(imports, needed=bool(factory) or unsafe_load)
+        options = replace(options, input_shapes=input_shapes(input_shape))
     with out.working("reading the model"):
         if dry_run:
             planned = plan(model, options, progress=out.step)
@@ -114,13 +123,13 @@ def _as_json(result: Result) -> dict[str, Any]:
 def _print(console: Console, result: Result, seconds: float) -> None:
     manifest = result.bundle.manifest
     size = sum(path.stat().st_size for path in result.written)
-    templates = sum(kernel["template"] != "tvm" for kernel in manifest.kernels)
+    calls, templates = len(manifest.kernels), sum(kernel["template"] != "tvm" for kernel in manifest.kernels)
     lines = [
         f"{result.output}: {manifest.name} for {manifest.target['spec']}, {amount(size, 'B')}, {seconds:.1f} s",
         f"  takes     {', '.join(map(str, manifest.inputs))}",
         f"  gives     {', '.join(map(str, manifest.outputs))}",
         f"  program   {amount(manifest.flops, 'FLOPs')}, {amount(manifest.params)} parameters, "
-        f"{len(manifest.kernels)} kernel calls, {templates} of them from our templates",
+        f"{calls} kernel {'call' if calls == 1 else 'calls'}, {templates} of them from our templates",
         f"  verified  {manifest.verification}",
     ]
     console.print("\n".join(lines), markup=False)

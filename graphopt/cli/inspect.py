@@ -10,6 +10,7 @@ import typer
 from graphopt.cli.common import (
     Debug,
     Factory,
+    Imports,
     InputShapes,
     Json,
     Output,
@@ -18,6 +19,7 @@ from graphopt.cli.common import (
     Verbose,
     amount,
     input_shapes,
+    user_code,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def inspect(
     input_shape: InputShapes = None,
     factory: Factory = None,
     unsafe_load: UnsafeLoad = False,
+    imports: Imports = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -51,6 +54,7 @@ def inspect(
         from graphopt.capture import capture
         from graphopt.cost import summary
 
+        user_code(imports, needed=bool(factory) or unsafe_load)
         out.step("capturing")
         program = capture(model, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load)
         cost = summary(program)
