@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,9 +49,28 @@ class Timing:
         return dict(vars(self))
 
 
-def _needs(package: str, install: str) -> None:
-    if find_spec(package) is None:
-        raise ToolMissing(tool=package, purpose="be compared with", install=install)
+def _onnx_missing() -> str:
+    return next((name for name in ("onnxruntime", "onnxscript", "onnx") if find_spec(name) is None), "")
+
+
+def _compiler_missing() -> str:
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    return "" if any(map(shutil.which, names)) else "a C++ compiler"
+
+
+# What rivals need besides this package: how to find out what is missing, and how to get it.
+NEEDS: dict[str, tuple[Callable[[], str], str]] = {
+    "onnxruntime": (_onnx_missing, "pip install 'graphopt[onnx]'"),
+    "torch-compile": (_compiler_missing, "apt-get install g++"),
+}
+
+
+def check_tools(names: Iterable[str]) -> None:
+    """Raises ToolMissing for the first of the rivals that lacks something here; it says which one, and what."""
+    for name in names:
+        missing, install = NEEDS.get(name, (str, ""))
+        if tool := missing():
+            raise ToolMissing(tool=tool, purpose=f"compare with {name}", install=install)
 
 
 def _graph(program: Program, inputs: Mapping[str, Array]) -> tuple[Any, list[Any]]:
@@ -77,12 +97,9 @@ def torch_eager(program: Program, inputs: Mapping[str, Array], threads: int) -> 
 
 def torch_compile(program: Program, inputs: Mapping[str, Array], threads: int) -> Run:
     """torch.compile with its default back end; it needs a C++ compiler."""
-    import shutil
-
     import torch
 
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        raise ToolMissing(tool="a C++ compiler", purpose="run torch.compile", install="apt-get install g++")
+    check_tools(["torch-compile"])
     torch.set_num_threads(threads)
     graph, tensors = _graph(program, inputs)
     module = torch.compile(graph)
@@ -96,8 +113,7 @@ def torch_compile(program: Program, inputs: Mapping[str, Array], threads: int) -
 
 def to_onnx(program: Program) -> bytes:
     """The program as an ONNX file, inputs under their own names. Raises ToolMissing."""
-    for package in ("onnxscript", "onnx"):
-        _needs(package, "pip install 'graphopt[onnx]'")
+    check_tools(["onnxruntime"])
     import logging
 
     import torch
@@ -112,7 +128,7 @@ def to_onnx(program: Program) -> bytes:
 
 def onnxruntime(program: Program, inputs: Mapping[str, Array], threads: int) -> Run:
     """onnxruntime's CPU provider with all its graph optimisations, on what torch.onnx makes of the program."""
-    _needs("onnxruntime", "pip install 'graphopt[onnx]'")
+    check_tools(["onnxruntime"])
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -130,12 +146,13 @@ RIVALS: dict[str, Rival] = {"torch": torch_eager, "torch-compile": torch_compile
 
 
 def check_rivals(names: Sequence[str]) -> None:
-    """Raises UnknownRival where there is no adapter of that name."""
+    """Raises UnknownRival where there is no adapter of that name, ToolMissing where one cannot run here."""
     for name in names:
         if name not in RIVALS:
             near = difflib.get_close_matches(name, RIVALS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UnknownRival(rival=name, near=hint, known=", ".join(RIVALS))
+    check_tools(names)
 
 
 def bench(

@@ -69,11 +69,19 @@ def test_every_rival_computes_the_same(name: str, model_file: Path) -> None:
 def test_a_rival_that_is_not_installed(
     cli: Cli, small_bundle: graphopt.Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 3 and how to install it."""
-    monkeypatch.setattr(benches, "find_spec", lambda _: None)
-    code, _, err = cli("bench", small_bundle.path, "--against", "onnxruntime")
+    """Exit code 3, which rival it is and how to install what it lacks, before anything is run or timed."""
+    monkeypatch.setattr(benches, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(graphopt.Bundle, "runner", property(lambda _: pytest.fail("the bundle was opened")))
+    code, _, err = cli("bench", small_bundle.path, "--against", "torch", "--against", "onnxruntime", "-v")
     assert code == Exit.UNAVAILABLE
+    assert "onnxscript is needed to compare with onnxruntime, and was not found" in err
     assert "pip install 'graphopt[onnx]'" in err
+    assert "capturing" not in err
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    code, _, err = cli("bench", small_bundle.path, "--against", "torch-compile")
+    assert code == Exit.UNAVAILABLE
+    assert "a C++ compiler is needed to compare with torch-compile" in err
 
 
 def test_bench_on_the_command_line(cli: Cli, small_bundle: graphopt.Bundle) -> None:

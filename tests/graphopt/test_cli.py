@@ -72,12 +72,47 @@ def test_compile_with_json(cli: Cli, model_file: Path, tmp_path: Path) -> None:
 
 
 def test_compile_says_what_it_made(cli: Cli, model_file: Path, tmp_path: Path) -> None:
-    """For people: sizes, inputs, verification; --quiet leaves standard error empty."""
-    code, out, err = cli("compile", model_file, "-o", tmp_path / "x.bundle", "--no-verify", "--quiet", "--name", "tiny")
+    """For people: sizes, inputs, verification; without --verbose standard error stays empty."""
+    code, out, err = cli("compile", model_file, "-o", tmp_path / "x.bundle", "--no-verify", "--name", "tiny")
     assert (code, err) == (0, "")
     assert "tiny for cpu" in out
     assert "image: float32[1,3,8,8]" in out
     assert "not verified (--no-verify)" in out
+
+
+def test_quiet_prints_nothing_but_errors(
+    cli: Cli, model_file: Path, small_bundle: graphopt.Bundle, samples: Path
+) -> None:
+    """Neither results nor notes, for every verb; errors stay, and so does what --json asks for."""
+    np.save(samples / "half.npy", np.load(samples / "image.npy").astype(np.float16))
+    named = ("-i", f"image={samples}/half.npy", "-i", f"shift={samples}/shift.npy")
+    for arguments in (
+        ("compile", model_file, "--dry-run"),
+        ("run", small_bundle.path, *named, "-o", samples / "all.npz"),
+        ("inspect", small_bundle.path),
+        ("bench", small_bundle.path, "--seconds", "0"),
+        ("targets",),
+    ):
+        assert cli(*arguments, "-q", "--verbose") == (0, "", ""), arguments
+    assert json.loads(cli("targets", "-q", "--json")[1])["targets"]
+    code, out, err = cli("inspect", samples / "none.bundle", "-q")
+    assert (code, out) == (Exit.IO_FAILED, "")
+    assert "error[model-not-found]" in err
+
+
+def test_a_folder_that_is_not_there_is_noticed_at_once(tmp_path: Path) -> None:
+    """Before PyTorch is imported, with the first folder that is missing; a wrong target likewise."""
+    probe = "import sys; from graphopt.cli import run; run(sys.argv[1:]); print('torch' in sys.modules)"
+    (tmp_path / "there").mkdir()
+    for more, words in (
+        (("-o", "there/none/deep/x.bundle"), "there is no folder there/none; folders above"),
+        (("-t", "amr"), "did you mean arm"),
+    ):
+        command = [sys.executable, "-c", probe, "compile", "model.pt2", *more]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert words in done.stderr
+        assert done.stdout == "False\n"
+    assert not os.listdir(tmp_path / "there")
 
 
 def test_dry_run_writes_nothing(cli: Cli, model_file: Path, tmp_path: Path) -> None:
