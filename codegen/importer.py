@@ -89,6 +89,8 @@ def _located(convert: Callable[[fx.Node], relax.Expr], importer: Importer) -> Ca
     """The converter with every failure told in the user's terms."""
 
     def located(node: fx.Node) -> relax.Expr:
+        if any(0 in tensor.shape for tensor in _tensors(node)):
+            raise UnsupportedOp(op=str(node.target), where=place(node), reason="a tensor without elements")
         try:
             return _as_promised(node, importer.rounded(node, convert(node)), importer)
         except GraphoptError:
@@ -98,6 +100,12 @@ def _located(convert: Callable[[fx.Node], relax.Expr], importer: Importer) -> Ca
             raise UnsupportedOp(op=str(node.target), where=place(node), reason=reason) from error
 
     return located
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    """What the node reads and gives, as torch.export remembers it."""
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _as_promised(node: fx.Node, value: Any, importer: Importer) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 from tvm import relax
@@ -23,20 +24,36 @@ def _reduce(op: Callable[..., relax.Expr]) -> Converter:
 
 
 def _any(node: fx.Node, importer: Importer) -> relax.Expr:
-    emit = importer.block_builder.emit
-    x = arguments(node, importer)["self"]
-    return emit(relax.op.astype(emit(relax.op.max(emit(relax.op.astype(x, "int8")))), "bool"))
-
-
-def _var(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Whether an element is not zero. TVM's converter narrows to eight bits first, where 256 and 0.3 are zero."""
     a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    x = a["self"]
+    if dtype_of(x) != "bool":
+        x = emit(relax.op.not_equal(x, relax.const(0, dtype_of(x))))
+    most = relax.op.max(emit(relax.op.astype(x, "int8")), a.get("dim"), a.get("keepdim", False))
+    return emit(relax.op.astype(emit(most), "bool"))
+
+
+def _variance(a: dict[str, Any], correction: float, importer: Importer) -> relax.Expr:
     emit = importer.block_builder.emit
     shape = shape_of(a["self"])
     axes = [d % len(shape) for d in (a["dim"] or range(len(shape)))]
     biased = emit(relax.op.variance(a["self"], axes, a["keepdim"]))
     count = math.prod(shape[d] for d in axes)
-    factor = count / (count - 1) if a["unbiased"] and count > 1 else 1.0
-    return emit(relax.op.multiply(biased, relax.const(factor, dtype_of(biased))))
+    factor = count / (count - correction) if count > correction else math.nan
+    return biased if factor == 1 else emit(relax.op.multiply(biased, relax.const(factor, dtype_of(biased))))
+
+
+def _var(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    return _variance(a, 1 if a["unbiased"] else 0, importer)
+
+
+def _var_mean(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    variance = _variance(a, 1 if a["correction"] is None else a["correction"], importer)
+    return emit(relax.Tuple([variance, emit(relax.op.mean(a["self"], a["dim"] or None, a["keepdim"]))]))
 
 
 def _min_dim(node: fx.Node, importer: Importer) -> relax.Expr:
@@ -94,6 +111,8 @@ TABLE: dict[str, Converter] = {
     "amax.default": _reduce(relax.op.max),
     "amin.default": _reduce(relax.op.min),
     "any.default": _any,
+    "any.dim": _any,
+    "any.dims": _any,
     "clamp.default": _clamp,
     "div.Scalar": _divide,
     "div.Scalar_mode": _divide_rounded,
@@ -102,4 +121,5 @@ TABLE: dict[str, Converter] = {
     "min.dim": _min_dim,
     "prod.dim_int": _reduce(relax.op.prod),
     "var.dim": _var,
+    "var_mean.correction": _var_mean,
 }

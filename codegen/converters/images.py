@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from torch import fx
 from tvm import relax
 
-from graphopt.codegen.converters.common import Converter, arguments
+from graphopt.codegen.converters.common import Converter, arguments, as_dtype
 from graphopt.codegen.dataflow import dtype_of, shape_of
 from graphopt.codegen.half import Importer
 
@@ -25,16 +26,50 @@ def _pad(mode: str) -> Converter:
     return convert
 
 
+def _ones_and_zeros(a: dict[str, Any], shape: tuple[int, ...], dtype: str) -> tuple[relax.Expr, relax.Expr]:
+    """Weight and bias of a norm, and what stands for those that it does not have."""
+    weight = relax.const(np.ones(shape), dtype) if a["weight"] is None else a["weight"]
+    bias = relax.const(np.zeros(shape), dtype) if a["bias"] is None else a["bias"]
+    return weight, bias
+
+
 def _group_norm(node: fx.Node, importer: Importer) -> relax.Expr:
     a = arguments(node, importer)
-    x, weight, bias = a["input"], a["weight"], a["bias"]
+    emit = importer.block_builder.emit
+    x = a["input"]
     shape, dtype = shape_of(x), dtype_of(x)
-    weight = relax.const(np.ones(shape[1]), dtype) if weight is None else weight
-    bias = relax.const(np.zeros(shape[1]), dtype) if bias is None else bias
-    norm = relax.op.nn.group_norm(
-        x, weight, bias, num_groups=a["num_groups"], channel_axis=1, axes=list(range(2, len(shape))), epsilon=a["eps"]
-    )
-    return importer.block_builder.emit(norm)
+    weight, bias = _ones_and_zeros(a, (shape[1],), dtype)
+    if dtype == "bfloat16":  # which TVM does not take
+        x, weight, bias = (emit(relax.op.astype(t, "float32")) for t in (x, weight, bias))
+    axes = list(range(2, len(shape)))
+    norm = relax.op.nn.group_norm(x, weight, bias, a["num_groups"], channel_axis=1, axes=axes, epsilon=a["eps"])
+    return as_dtype(emit(norm), dtype, importer)
+
+
+def _layer_norm(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    x, shape = a["input"], tuple(a["normalized_shape"])
+    dtype = dtype_of(x)
+    weight, bias = _ones_and_zeros(a, shape, dtype)
+    if dtype == "bfloat16":
+        x, weight, bias = (emit(relax.op.astype(t, "float32")) for t in (x, weight, bias))
+    axes = list(range(-len(shape), 0))
+    return as_dtype(emit(relax.op.nn.layer_norm(x, weight, bias, axes, a["eps"])), dtype, importer)
+
+
+def _avg_pool2d(node: fx.Node, importer: Importer) -> relax.Expr:
+    a = arguments(node, importer)
+    if a["divisor_override"] is None:
+        return importer._avg_pool2d(node)
+    if a["ceil_mode"]:
+        raise ValueError("a divisor of one's own together with ceil_mode")
+    emit = importer.block_builder.emit
+    kernel, padding = (list(a[k]) * (2 // len(a[k])) for k in ("kernel_size", "padding"))
+    strides = list(a["stride"]) * (2 // len(a["stride"])) if a["stride"] else kernel
+    mean = emit(relax.op.nn.avg_pool2d(a["self"], kernel, strides, padding * 2, count_include_pad=True))
+    factor = math.prod(kernel) / a["divisor_override"]
+    return emit(relax.op.multiply(mean, relax.const(factor, dtype_of(mean))))
 
 
 def _upsample_nearest2d(node: fx.Node, importer: Importer) -> relax.Expr:
@@ -79,7 +114,9 @@ def _max_pool2d_with_indices(node: fx.Node, importer: Importer) -> relax.Expr:
 
 
 TABLE: dict[str, Converter] = {
+    "avg_pool2d.default": _avg_pool2d,
     "group_norm.default": _group_norm,
+    "layer_norm.default": _layer_norm,
     "max_pool2d_with_indices.default": _max_pool2d_with_indices,
     "reflection_pad1d.default": _pad("reflect"),
     "reflection_pad2d.default": _pad("reflect"),

@@ -87,6 +87,16 @@ def _index(node: fx.Node, importer: Importer) -> relax.Expr:
         importer.env.update(before)
 
 
+def _select(node: fx.Node, importer: Importer) -> relax.Expr:
+    """One index of a dimension; a negative one counts from the end."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    shape = shape_of(a["self"])
+    dim = a["dim"] % len(shape)
+    at = a["index"] % shape[dim]
+    return emit(relax.op.squeeze(emit(relax.op.strided_slice(a["self"], [dim], [at], [at + 1])), [dim]))
+
+
 def _unfold(node: fx.Node, importer: Importer) -> relax.Expr:
     """Windows along a dimension: (..., windows, ..., size)."""
     a = arguments(node, importer)
@@ -108,6 +118,7 @@ TABLE: dict[str, Converter] = {
     "scatter.src": _scatter_src,
     "scatter_add.default": _scatter,
     "scatter_reduce.two": _scatter,
+    "select.int": _select,
     "select_scatter.default": _select_scatter,
     "unfold.default": _unfold,
 }

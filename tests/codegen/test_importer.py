@@ -40,6 +40,12 @@ CASES = {
     "float mask": (Attend(), tensors((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (2, 1, 5, 7))),
     "mask per key": (Attend(), tensors((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (2, 1, 1, 7))),
     "grouped heads": (Attend(enable_gqa=True), tensors((1, 4, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8))),
+    "causal, value of another size": (
+        Attend(is_causal=True),
+        [20 * t for t in tensors((1, 2, 7, 5), (1, 2, 7, 5), (1, 2, 7, 3))],
+    ),
+    "one batch of keys": (Attend(), tensors((3, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8))),
+    "five dimensions": (Attend(), tensors((2, 3, 4, 5, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 8), (3, 1, 5, 7))),
     "no heads": (Attend(), tensors((2, 5, 8), (2, 7, 8), (2, 7, 8))),
     "one matrix": (Attend(), tensors((5, 8), (7, 8), (7, 8))),
 }
