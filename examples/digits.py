@@ -129,6 +129,8 @@ def main() -> int:
                     f"{statistics.median(times):.3f} ms",
                     kilobytes(bundle.total_bytes),
                 )
+    # Overheads count for models as small as this one, so it must be said which of them are in the numbers.
+    table.caption = "latency: PyTorch's with its calls from Python, a bundle's inside its runner"
     Console(width=100).print(table)
     if not agreed:
         print("a bundle disagrees with PyTorch", file=sys.stderr)
