@@ -107,6 +107,17 @@ def test_code_of_other_sizes_is_not_run(spec, name, what, linked):
     assert caught.value.exit == Exit.BAD_INPUT
 
 
+@pytest.mark.skipif(bool(run_node.why_not(resolve("wasm"))), reason="no Node")
+def test_a_loader_of_another_build_is_refused(linked, tmp_path):
+    """In browsers, too, where nobody reads the manifest: the loader asks the module for its sizes."""
+    folder, made = linked("wasm")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    loader = tmp_path / f"{made.name}.mjs"
+    loader.write_text(loader.read_text().replace('"workspaceBytes": 64', '"workspaceBytes": 32'))
+    with pytest.raises(RunFailed, match="the module and this loader are not of the same build"):
+        open_runner(tmp_path, made, resolve("wasm"), runner="node")
+
+
 def test_numpys_own_alignment_is_enough(opened):
     """Inputs are used where they are, at any address."""
     x, ids = sample()
@@ -131,6 +142,20 @@ def test_several_threads_may_run_one_library(opened):
         inputs = [np.random.default_rng(seed).standard_normal((37, 64)).astype(np.float32), sample()[1]]
         want = expected(inputs)[0]
         return all(np.array_equal(runner.run(inputs)[0], want) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+@pytest.mark.parametrize(("spec", "name"), ALL)
+def test_several_threads_may_use_one_runner(spec, name, opened):
+    """They do not share a workspace, an instance's memory or files."""
+    runner = opened(spec, name)
+
+    def work(seed):
+        inputs = [np.random.default_rng(seed).standard_normal((37, 64)).astype(np.float32), sample()[1] + seed]
+        want = expected(inputs)
+        return all(all(map(np.array_equal, runner.run(inputs), want)) for _ in range(3 if name == "qemu" else 50))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
