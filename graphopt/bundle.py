@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.arrays import Array, Note, fit_inputs
 from graphopt.errors import BundleCorrupt, GraphoptError, NotABundle, OutputInTheWay, WrongInputs
-from graphopt.manifest import MANIFEST, Manifest, check_files, entry_of, read_manifest
+from graphopt.manifest import MANIFEST, Manifest, check_files, entry_of, file_states, read_manifest
 from graphopt.staging import publish_folder, resolved, staged
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class Bundle:
 
     Running it loads the machine code in it: the hashes tell damage from an intact bundle, they do not tell a friend's
     bundle from a foe's.
+
+    Code and weights are mapped into memory, not read: its folder may be replaced or removed while it is open, but its
+    files must not be truncated or written to in place, which ends the process (SIGBUS) or changes the numbers.
     """
 
     def __init__(self, path: Path, manifest: Manifest, *, threads: int = 0) -> None:
@@ -34,6 +38,9 @@ class Bundle:
         self.manifest = manifest
         self._threads = threads
         self._runner: Runner | None = None
+        self._opening = threading.Lock()
+        # What was on the disk when the hashes were last compared.
+        self._checked: Mapping[str, object] = {}
 
     @property
     def name(self) -> str:
@@ -67,7 +74,10 @@ class Bundle:
         return self.run(by_place | kwargs)
 
     def run(self, inputs: Mapping[str, Any], *, note: Note | None = None) -> Array | dict[str, Array]:
-        """Run on numpy arrays or torch tensors by name.
+        """Run on numpy arrays or torch tensors by name. Any number of threads may do so at once.
+
+        An index that is out of range of the table that it looks up is moved to the nearest one in range, where PyTorch
+        raises.
 
         Args:
             inputs: one per input of the manifest, with its shape; a dtype that converts without loss is converted.
@@ -78,6 +88,7 @@ class Bundle:
 
         Raises:
             WrongInputs: a name, shape or dtype does not fit.
+            BundleCorrupt: before the first run, the files are no longer those that were loaded.
             ToolMissing: what the target needs to run here is not installed.
             RunFailed: the code cannot be loaded, or stopped.
         """
@@ -89,10 +100,34 @@ class Bundle:
 
     @property
     def runner(self) -> Runner:
-        """What runs it on its target, opened at the first use. Raises ToolMissing."""
-        if self._runner is None:
-            self._runner = open_runner(self.path, self.manifest, threads=self._threads)
-        return self._runner
+        """What runs it on its target, opened at the first use.
+
+        Raises:
+            ToolMissing: nothing can run it here.
+            BundleCorrupt: the files are no longer those that were loaded.
+        """
+        with self._opening:
+            if self._runner is None:
+                self.check()
+                runner = open_runner(self.path, self.manifest, threads=self._threads)
+                try:
+                    self.check()  # it may have opened what was put there a moment ago
+                except BaseException:
+                    runner.close()
+                    raise
+                self._runner = runner
+            return self._runner
+
+    def check(self) -> None:
+        """Compare the hashes of the files, where those on the disk are not the ones compared before.
+
+        Raises:
+            BundleCorrupt, BundleNotFound: as `load`.
+        """
+        found = file_states(self.path, self.manifest)
+        if found != self._checked:
+            check_files(self.path, self.manifest)
+            self._checked = found
 
     def time(self, inputs: Mapping[str, Any], seconds: float) -> list[float]:
         """Run on `inputs` for at least `seconds`; the seconds that each run took, by the clock of what runs it.
@@ -104,9 +139,10 @@ class Bundle:
 
     def close(self) -> None:
         """Let go of the library, the weights and, where there is one, the process that runs it."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        with self._opening:
+            runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
 
     def __enter__(self) -> Bundle:
         return self
@@ -119,11 +155,15 @@ class Bundle:
 
         Raises:
             OutputInTheWay: something else stands there.
+            BundleCorrupt: the files are no longer those that were loaded.
             CannotWrite: the file system refuses; nothing is left half-written.
         """
         with new_bundle(path) as stage:
             for name in (*self.manifest.files, MANIFEST):
                 shutil.copyfile(self.path / name, stage / name)
+            if read_manifest(stage) != self.manifest:
+                raise BundleCorrupt(file=self.path, what="another bundle has taken its place since it was loaded")
+            check_files(stage, self.manifest)
         return Bundle(resolved(path), self.manifest, threads=self._threads)
 
 
@@ -141,8 +181,11 @@ def load(path: str | os.PathLike[str], *, threads: int = 0) -> Bundle:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    bundle = Bundle(folder.resolve(), manifest, threads=threads)
+    states = file_states(folder, manifest)
     check_files(folder, manifest)
-    return Bundle(folder.resolve(), manifest, threads=threads)
+    bundle._checked = states
+    return bundle
 
 
 def seal(stage: Path, manifest: Manifest) -> Manifest:

@@ -223,10 +223,28 @@ def entry_of(file: Path) -> FileEntry:
         return FileEntry(file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
 
+def file_states(folder: Path, manifest: Manifest) -> dict[str, object]:
+    """What tells a bundle's files from others that take their places, without reading them: None where one is missing.
+
+    The times are those of the file system, which nobody can set back.
+    """
+    states: dict[str, object] = {}
+    for name in manifest.files:
+        try:
+            state = (folder / name).stat()
+        except OSError:
+            states[name] = None
+        else:
+            states[name] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    return states
+
+
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises BundleCorrupt where a file is missing or is not what the manifest says."""
     for name, entry in manifest.files.items():
         file = folder / name
+        if file.exists() and not file.is_file():  # a named pipe would be waited for
+            raise BundleCorrupt(file=folder, what=f"{name} is no file")
         try:
             found = entry_of(file)
         except FileNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
 from graphopt.targets.cpu import runs_here
-from graphopt.targets.runner import Interface, aligned_array, array_dtype, check_sizes, dense
+from graphopt.targets.runner import Interface, aligned_array, array_dtype, check_sizes, dense, one_at_a_time
 from graphopt.targets.target import Target
 
 
@@ -51,6 +52,7 @@ class Runner:
         """
         if reason := why_not(target):
             raise ToolMissing(tool="a GPU", purpose=f"run {target}", install=reason)
+        self._turn = threading.RLock()
         self._model, name = model, model.name
         try:
             self._library = ctypes.CDLL(str((folder / f"lib{name}.so").resolve()))
@@ -73,6 +75,7 @@ class Runner:
         if not self._context:
             raise self._failed()
 
+    @one_at_a_time
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `graphopt.targets.runner.Runner`."""
         arrays = dense(self._model.inputs, inputs)
@@ -80,6 +83,7 @@ class Runner:
         self._run(arrays, outputs)
         return outputs
 
+    @one_at_a_time
     def time(self, inputs: Sequence[np.ndarray], seconds: float) -> list[float]:
         """See `graphopt.targets.runner.Runner`. Copies to and from the GPU are included."""
         arrays = dense(self._model.inputs, inputs)
@@ -92,6 +96,7 @@ class Runner:
             taken.append(time.perf_counter() - start)
         return taken
 
+    @one_at_a_time
     def close(self) -> None:
         """See `graphopt.targets.runner.Runner`."""
         if self._context:

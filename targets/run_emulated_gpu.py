@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ def why_not(target: Target) -> str:
 
 
 class Runner:
-    """The kernels compiled for the CPU; a process per run."""
+    """The kernels compiled for the CPU; a process per run, so threads do not meet. Each loads the files that were there
+    at first, whatever has taken their place since."""
 
     name = "emulated_gpu"
 
@@ -59,11 +61,16 @@ class Runner:
         self._folder = tempfile.TemporaryDirectory(prefix="graphopt-emulated-")
         # Fields of the child's environment that tests add to: what the emulated driver shall do.
         self.environment: Mapping[str, str] = {}
+        self._files = ExitStack()
         try:
+            self._library, self._weights = (
+                self._files.enter_context((self._bundle / file).open("rb"))
+                for file in (f"lib{model.name}.so", "weights.bin")
+            )
             source = (self._bundle / f"{model.name}.cu").read_text(encoding="utf-8")
             build(source, Path(self._folder.name) / "libcuda.so.1")
         except (OSError, EmulationFailed) as error:
-            self._folder.cleanup()
+            self.close()
             raise RunFailed(name=model.name, runner=self.name, reason=str(error)) from error
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -92,6 +99,7 @@ class Runner:
 
     def close(self) -> None:
         """See `graphopt.targets.runner.Runner`."""
+        self._files.close()
         self._folder.cleanup()
 
     def _run(self, arrays: Sequence[np.ndarray], order: int) -> list[bytes]:
@@ -101,9 +109,11 @@ class Runner:
             for i, array in enumerate(arrays):
                 (place / f"in{i}").write_bytes(array.tobytes())
             sizes = [str(spec_bytes(spec)) for spec in self._model.outputs]
-            files = [str(self._bundle / f"lib{name}.so"), name, str(self._bundle / "weights.bin")]
+            handles = self._library.fileno(), self._weights.fileno()
+            library, weights = (f"/proc/self/fd/{handle}" for handle in handles)
             memory = [str(self._model.workspace_bytes), str(self._model.weights_bytes)]
-            command = [sys.executable, "-S", str(CHILD), *files, *memory, work, str(len(arrays)), *sizes]
+            files = [library, name, weights, *memory, work]
+            command = [sys.executable, "-S", str(CHILD), *files, str(len(arrays)), *sizes]
             environment = {
                 **os.environ,
                 "LD_LIBRARY_PATH": self._folder.name,
@@ -112,7 +122,13 @@ class Runner:
             }
             try:
                 done = subprocess.run(
-                    command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+                    command,
+                    env=environment,
+                    pass_fds=handles,
+                    capture_output=True,
+                    text=True,
+                    timeout=TIMEOUT_S,
+                    check=False,
                 )
             except subprocess.TimeoutExpired as error:
                 reason = f"took more than {TIMEOUT_S} seconds"
@@ -121,6 +137,7 @@ class Runner:
                 workspace_bytes, weights_bytes = map(int, done.stderr.split())
                 check_sizes(self._bundle, self._model, workspace_bytes=workspace_bytes, weights_bytes=weights_bytes)
             if done.returncode != 0:
-                reason = done.stderr.strip() or f"the process ended with status {done.returncode}"
+                said = done.stderr.strip().replace(weights, self._weights.name).replace(library, self._library.name)
+                reason = said or f"the process ended with status {done.returncode}"
                 raise RunFailed(name=name, runner=self.name, reason=reason)
             return [(place / f"out{i}").read_bytes() for i in range(len(sizes))]

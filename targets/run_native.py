@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ def why_not(target: Target) -> str:
 
 
 class Runner:
-    """A loaded library. `run` may be called by one thread at a time, as there is one workspace."""
+    """A loaded library. ctypes lets other threads go on during a run, so each run borrows a workspace of its own; there
+    are as many as there ever were runs at once."""
 
     name = "native"
 
@@ -59,7 +61,9 @@ class Runner:
         workspace_bytes, weights_bytes = (self._library[f"{name}_{what}_bytes"] for what in ("workspace", "weights"))
         workspace_bytes.restype = weights_bytes.restype = ctypes.c_size_t
         check_sizes(folder, model, workspace_bytes=workspace_bytes(), weights_bytes=weights_bytes())
-        self._workspace = aligned_array((workspace_bytes(),), np.dtype(np.uint8))
+        self._returned = threading.Condition()
+        self._idle = [self._new_workspace()]
+        self._running = 0
         map_weights = self._library[f"{name}_map_weights"]
         map_weights.argtypes, map_weights.restype = [ctypes.c_char_p], ctypes.c_void_p
         self._weights = map_weights(str(folder / "weights.bin").encode())
@@ -109,10 +113,14 @@ class Runner:
 
     def close(self) -> None:
         """See `graphopt.targets.runner.Runner`. The library's threads end with its last user."""
-        if self._weights is None:
-            return
-        self._unmap(self._weights)
-        self._weights = None
+        with self._returned:
+            weights, self._weights = self._weights, None
+            if weights is None:
+                return
+            # Unmapped under a running kernel, the weights would take the process with them.
+            self._returned.wait_for(lambda: not self._running)
+            self._idle.clear()
+        self._unmap(weights)
         import _ctypes
 
         with contextlib.suppress(OSError):
@@ -123,8 +131,27 @@ class Runner:
     ) -> tuple[ctypes.Array, ctypes.Array]:
         return tuple((ctypes.c_void_p * len(a))(*(x.ctypes.data for x in a)) for a in (inputs, outputs))  # type: ignore[return-value]
 
+    def _new_workspace(self) -> np.ndarray:
+        return aligned_array((self._model.workspace_bytes,), np.dtype(np.uint8))
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The weights and a workspace that nobody else uses now."""
+        with self._returned:
+            assert self._weights is not None, "the runner is closed"
+            weights = self._weights
+            workspace = self._idle.pop() if self._idle else self._new_workspace()
+            self._running += 1
+        try:
+            yield weights, workspace
+        finally:
+            with self._returned:
+                self._running -= 1
+                self._idle.append(workspace)
+                self._returned.notify_all()
+
     def _run(self, inputs: ctypes.Array, outputs: ctypes.Array) -> None:
-        assert self._weights is not None, "the runner is closed"
-        status = self._call(self._weights, inputs, outputs, self._workspace.ctypes.data)
+        with self._borrowed() as (weights, workspace):
+            status = self._call(weights, inputs, outputs, workspace.ctypes.data)
         if status != 0:
             raise RunFailed(name=self._model.name, runner=self.name, reason=f"kernel {-status} failed")

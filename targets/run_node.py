@@ -11,6 +11,7 @@ import selectors
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
-from graphopt.targets.runner import Interface, check_sizes, dense, from_bytes
+from graphopt.targets.runner import Interface, check_sizes, dense, from_bytes, one_at_a_time
 from graphopt.targets.target import Target
 
 OLDEST = 18
@@ -68,6 +69,7 @@ class Runner:
         assert node is not None, "why_not found it"
         flags = ["--experimental-wasm-relaxed-simd"] if "relaxed-simd" in target.features and version(node) < 21 else []
         loader = (folder / f"{model.name}.mjs").resolve()
+        self._turn = threading.RLock()
         self._model, self._timeout_s = model, timeout_s
         self._work = tempfile.TemporaryDirectory(prefix="graphopt-node-")
         self._buffer = b""
@@ -85,17 +87,20 @@ class Runner:
             self.close()
             raise
 
+    @one_at_a_time
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `graphopt.targets.runner.Runner`."""
         files = {spec.name: str(self._file(f"out{i}")) for i, spec in enumerate(self._model.outputs)}
         self._ask({"inputs": self._put(inputs), "outputs": files}, self._timeout_s)
         return [from_bytes(spec, Path(files[spec.name]).read_bytes()) for spec in self._model.outputs]
 
+    @one_at_a_time
     def time(self, inputs: Sequence[np.ndarray], seconds: float) -> list[float]:
         """See `graphopt.targets.runner.Runner`. The loader's copies of inputs and outputs are part of a run."""
         reply = self._ask({"inputs": self._put(inputs), "seconds": seconds}, self._timeout_s + seconds)
         return [float(taken) for taken in reply["taken"]]
 
+    @one_at_a_time
     def close(self) -> None:
         """See `graphopt.targets.runner.Runner`."""
         process = self._process

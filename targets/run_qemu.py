@@ -10,14 +10,16 @@ import functools
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
 from graphopt.targets.cpu import host_machine
-from graphopt.targets.runner import Interface, check_sizes, dense, from_bytes, spec_bytes
+from graphopt.targets.runner import Interface, check_sizes, dense, from_bytes, one_at_a_time, spec_bytes
 from graphopt.targets.target import Target
 from graphopt.targets.zig import zig, zig_installed
 
@@ -47,7 +49,8 @@ def why_not(target: Target) -> str:
 
 
 class Runner:
-    """A program for the emulator. Each run is a process of its own, and loads the weights anew."""
+    """A program for the emulator. Each run is a process of its own, and loads the weights anew: from the file that was
+    there at first, whatever has taken its place since."""
 
     name = "qemu"
 
@@ -72,8 +75,10 @@ class Runner:
         processor = target.llvm.get("mcpu", "")
         # One that this qemu does not know is emulated by one that has all instructions.
         self._qemu = [qemu, "-cpu", processor if processor in processors(qemu) else "max"]
+        self._turn = threading.RLock()
         self._model, self._threads, self._timeout_s = model, threads, timeout_s
-        self._folder, self._weights = folder, (folder / "weights.bin").resolve()
+        self._folder = folder
+        self._weights: IO[bytes] | None = None
         dynamic = (SYSROOT / "lib" / "ld-linux-aarch64.so.1").is_file()
         if dynamic:
             self._qemu += ["-L", str(SYSROOT)]
@@ -81,6 +86,7 @@ class Runner:
         self._work = tempfile.TemporaryDirectory(prefix="graphopt-qemu-")
         place = Path(self._work.name)
         try:
+            self._weights = (folder / "weights.bin").open("rb")
             for source in (runtime_folder() / "main.c", runtime_folder() / "runtime.h", folder / f"lib{model.name}.a"):
                 shutil.copyfile(source, place / source.name)
             options = [f"-DGRAPHOPT_NAME={model.name}", "-std=gnu11", "-O2", "-fno-sanitize=all", "-s"]
@@ -97,16 +103,21 @@ class Runner:
             self.close()
             raise
 
+    @one_at_a_time
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `graphopt.targets.runner.Runner`. Raises BundleCorrupt where the library is another model's."""
         return self._run(inputs, 0.0)[0]
 
+    @one_at_a_time
     def time(self, inputs: Sequence[np.ndarray], seconds: float) -> list[float]:
         """See `graphopt.targets.runner.Runner`. The times are the emulator's, not a device's."""
         return self._run(inputs, seconds)[1]
 
+    @one_at_a_time
     def close(self) -> None:
         """See `graphopt.targets.runner.Runner`."""
+        if self._weights is not None:
+            self._weights.close()
         self._work.cleanup()
 
     def _run(self, inputs: Sequence[np.ndarray], seconds: float) -> tuple[list[np.ndarray], list[float]]:
@@ -116,11 +127,15 @@ class Runner:
         for file, array in zip(sources, dense(self._model.inputs, inputs), strict=True):
             file.write_bytes(array.tobytes())
         times = place / "times"
-        arguments = [self._weights, self._threads, seconds, times, *sources, *results]
+        assert self._weights is not None, "the runner is open"
+        handle = self._weights.fileno()
+        weights = f"/proc/self/fd/{handle}"
+        arguments = [weights, self._threads, seconds, times, *sources, *results]
         try:
             done = subprocess.run(
                 [*self._qemu, str(place / "main"), *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
+                pass_fds=[handle],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -133,7 +148,7 @@ class Runner:
             check_sizes(self._folder, self._model, workspace_bytes=workspace_bytes, weights_bytes=weights_bytes)
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-            raise self._failed(lines[0])
+            raise self._failed(lines[0].replace(weights, self._weights.name))
         outputs = [from_bytes(spec, file.read_bytes()) for spec, file in zip(self._model.outputs, results, strict=True)]
         return outputs, np.frombuffer(times.read_bytes(), "<f8").tolist()
 

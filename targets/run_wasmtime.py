@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import RunFailed, ToolMissing
-from graphopt.targets.runner import ALIGNMENT_BYTES, Interface, check_sizes, dense, from_bytes, spec_bytes
+from graphopt.targets.runner import (
+    ALIGNMENT_BYTES,
+    Interface,
+    check_sizes,
+    dense,
+    from_bytes,
+    one_at_a_time,
+    spec_bytes,
+)
 from graphopt.targets.target import Target
 
 _PAGE_BYTES = 65536
@@ -39,6 +48,7 @@ class Runner:
             raise ToolMissing(tool="wasmtime", purpose=f"run {target}", install=reason)
         import wasmtime
 
+        self._turn = threading.RLock()
         self._model = model
         name = model.name
         self._errors = (wasmtime.WasmtimeError, wasmtime.Trap)
@@ -83,6 +93,7 @@ class Runner:
         self._top = at + max(size, 1)
         return at
 
+    @one_at_a_time
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `graphopt.targets.runner.Runner`."""
         self._put(inputs)
@@ -92,6 +103,7 @@ class Runner:
             for spec, at in zip(self._model.outputs, self._outputs, strict=True)
         ]
 
+    @one_at_a_time
     def time(self, inputs: Sequence[np.ndarray], seconds: float) -> list[float]:
         """See `graphopt.targets.runner.Runner`."""
         self._put(inputs)
@@ -103,6 +115,7 @@ class Runner:
             taken.append(time.perf_counter() - start)
         return taken
 
+    @one_at_a_time
     def close(self) -> None:
         """See `graphopt.targets.runner.Runner`."""
         self._store = self._memory = self._call = None

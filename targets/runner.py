@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Interface(Protocol):
 
 
 class Runner(Protocol):
-    """A model ready to run. One thread at a time may use it; open another for a second thread."""
+    """A model ready to run. Any number of threads may use it at once; where its engine cannot, they take turns."""
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Arrays in the order, shapes and dtypes of the model's inputs to new ones of its outputs.
@@ -51,8 +52,24 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of memory, processes and temporary files. The runner may not be used any more."""
+        """Let go of memory, processes and temporary files, once the runs of other threads have ended. The runner may
+        not be used any more."""
         ...
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def one_at_a_time(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R]:
+    """A method of a runner that has one engine: threads take turns. The runner has an RLock as `_turn`."""
+
+    @functools.wraps(method)
+    def in_turn(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return in_turn
 
 
 # Kind of target to its runners, the fastest first: the module is graphopt.targets.run_NAME.
