@@ -25,6 +25,7 @@ from graphopt.errors import (
     CaptureFailed,
     CorruptModel,
     InputsNeeded,
+    NotAModel,
     StateDictMismatch,
     StateDictNeedsModel,
 )
@@ -40,6 +41,7 @@ Examples = Tensor | Sequence[Any] | Mapping[str, Any]
 Shapes = Mapping[str, Sequence[int] | TensorSpec]
 
 _SHAPE = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<dims>\d+(x\d+)*)?(:(?P<dtype>\w+))?", re.ASCII)
+_MAX_DIGITS = 18  # below 2**63
 _KEPT_META = ("val", "nn_module_stack", "stack_trace")
 _SEED = 0
 
@@ -77,6 +79,8 @@ def capture(
         return _from_exported(model, example_inputs, shapes, name or "model", {}, "the exported program")
     if isinstance(model, nn.Module):
         return _from_module(model, example_inputs, shapes, name or type(model).__name__)
+    if not os.fspath(model):
+        raise NotAModel(file="''", what="the path of the model is empty")
     file = Path(model)
     found = model_file.load(file, unsafe_load=unsafe_load)
     name = name or str((found.extra or {}).get("name") or file.stem)
@@ -97,7 +101,10 @@ def parse_input_shape(text: str) -> TensorSpec:
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
         raise BadInputShape(what=f"{text!r} is not of the form name=AxBxC")
-    dims = tuple(int(size) for size in (match["dims"] or "").split("x") if size)
+    sizes = [size for size in (match["dims"] or "").split("x") if size]
+    if long := [size for size in sizes if len(size) > _MAX_DIGITS]:
+        raise BadInputShape(what=f"{match['name']}: a size of {len(long[0])} digits is more than any machine can hold")
+    dims = tuple(map(int, sizes))
     return _as_spec(match["name"], TensorSpec(match["name"], dims, match["dtype"] or "float32"))
 
 
@@ -107,6 +114,10 @@ def _as_spec(name: str, shape: Sequence[int] | TensorSpec) -> TensorSpec:
         raise BadInputShape(what=f"{name}: there is no dtype {spec.dtype}")
     if any(not isinstance(size, int) or size < 1 for size in spec.shape):
         raise BadInputShape(what=f"{name}: every size must be a positive whole number, got {list(spec.shape)}")
+    if spec.nbytes > (memory_bytes := model_file.memory_bytes()):
+        size = "x".join(map(str, spec.shape))
+        what = f"{name}: {size} {spec.dtype} takes {spec.nbytes:,} bytes; this machine has {memory_bytes:,} of memory"
+        raise BadInputShape(what=what)
     return spec
 
 
@@ -166,11 +177,31 @@ def _bind_shapes(
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> ExportedProgram:
     try:
         # Without gradients no_grad() blocks in the model leave no trace; they would become sub-graphs of their own.
-        with torch.no_grad():
+        with torch.no_grad(), _torch_silent():
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureFailed(model=name, reason=f"{type(error).__name__}: {reason[:300]}") from error
+
+
+@contextmanager
+def _torch_silent() -> Iterator[None]:
+    """Keep torch from logging the traceback of an error that it raises as well, unless somebody looks for one."""
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    if "TORCH_LOGS" in os.environ or log.isEnabledFor(logging.DEBUG):
+        handlers = []
+
+    def none(_: logging.LogRecord) -> bool:
+        return False
+
+    for handler in handlers:
+        handler.addFilter(none)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(none)
 
 
 @contextmanager

@@ -259,6 +259,15 @@ class CannotWrite(GraphoptError):
     exit = Exit.IO_FAILED
 
 
+class NoRoom(GraphoptError):
+    """A tool could not write its temporary files: a full disk, or a limit on the size of files."""
+
+    code = "no-room"
+    message = "{folder}: the linker's temporary files cannot be written: {reason}"
+    hint = "make room there, or let the variable TMPDIR name another folder; nothing was left half-written"
+    exit = Exit.IO_FAILED
+
+
 class VerificationFailed(GraphoptError):
     """The compiled artefact does not compute what PyTorch computes. Nothing is written then."""
 

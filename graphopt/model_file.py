@@ -106,11 +106,20 @@ def load(path: str | os.PathLike[str], *, unsafe_load: bool = False) -> Loaded:
     return _load_pickled(file, unsafe_load)
 
 
+def memory_bytes() -> int:
+    """The memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def sniff(file: Path) -> Kind:
     """Say what a file is from its first bytes and the names of its members. Raises as `load` does."""
     if file.is_dir():
         raise NotAModel(file=file, what="is a directory")
     try:
+        if not file.is_file():
+            file.stat()  # raises where there is nothing
+            # A named pipe would be waited for, and a device has no end.
+            raise NotAModel(file=file, what="is a pipe, a socket or a device, not a file")
         size = file.stat().st_size
         with file.open("rb") as stream:
             head = stream.read(512)
@@ -118,11 +127,10 @@ def sniff(file: Path) -> Kind:
         raise ModelNotFound(file=file, reason=error.strerror or error) from error
     if size == 0:
         raise NotAModel(file=file, what="is empty")
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory_bytes:
-        raise ModelTooLarge(file=file, what=f"has {size:,} bytes; this machine has {memory_bytes:,} bytes of memory")
+    if size > memory_bytes():
+        raise ModelTooLarge(file=file, what=f"has {size:,} bytes; this machine has {memory_bytes():,} bytes of memory")
     if head.startswith(b"PK\x03\x04"):
-        return _sniff_archive(file, size, memory_bytes)
+        return _sniff_archive(file, size)
     if head.startswith(_LEGACY_MAGIC):
         return Kind.PICKLED
     if _looks_like_onnx(file, head):
@@ -145,14 +153,14 @@ def _looks_like_onnx(file: Path, head: bytes) -> bool:
     return file.suffix == ".onnx" or (head.startswith(b"\x08") and any(w in head for w in (b"pytorch", b"onnx")))
 
 
-def _sniff_archive(file: Path, size: int, memory_bytes: int) -> Kind:
+def _sniff_archive(file: Path, size: int) -> Kind:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CorruptModel(file=file, kind="archive", reason=error) from error
     declared = sum(member.file_size for member in members)
-    if declared > max(MAX_INFLATION * size, _INFLATION_FREE_BYTES) or declared > memory_bytes:
+    if declared > max(MAX_INFLATION * size, _INFLATION_FREE_BYTES) or declared > memory_bytes():
         raise ModelTooLarge(file=file, what=f"{size:,} bytes that say they unpack to {declared:,}")
     names = [member.filename for member in members]
     if len(set(names)) != len(names):

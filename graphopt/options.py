@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from graphopt.targets.target import Target
 
 
+# What becomes the output is made beside it, under a name that is longer by some twenty; file systems take 255.
+_LONGEST_NAME_BYTES = 230
+
+
 @dataclass(frozen=True)
 class Options:
     """What a compilation may be told. Paths are as the user gave them."""
@@ -78,6 +82,8 @@ def check_place(options: Options) -> None:
         )
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise CannotWrite(file=options.output, reason="Permission denied")
+    if len(os.fsencode(place.name)) > _LONGEST_NAME_BYTES:
+        raise CannotWrite(file=options.output, reason=f"its name has more than {_LONGEST_NAME_BYTES} bytes")
     if options.kind == "bundle":
         check_replaceable(options.output)
     elif place.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import keyword
 import math
 import re
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+# Files are named by it, with prefixes and suffixes; file systems take 255 bytes.
+_LONGEST = 128
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def identifier(text: str, fallback: str = "model") -> str:
-    """A name that is safe in C, Python and file names: [A-Za-z_][A-Za-z0-9_]*."""
+    """A name that is safe in C, Python and file names: [A-Za-z_][A-Za-z0-9_]*, at most 128 characters of them.
+
+    A longer one is cut, and its hash put behind, so that different ones stay different.
+    """
     name = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
     if not name:
         return fallback
-    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
+    name = f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -47,7 +47,9 @@ def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
             content.mkdir()
             yield content
         except OSError as error:
-            if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(stage):
+            # An error of copying names the file that is read first, whichever of the two is the trouble.
+            named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name is not None]
+            if named and not any(name.is_relative_to(stage) for name in named):
                 raise  # another file's trouble
             raise CannotWrite(file=output, reason=reason_of(error)) from error
 

@@ -68,7 +68,7 @@ class Runner:
         """
         if reason := why_not(target):
             raise ToolMissing(tool=QEMU, purpose=f"run {target} on this machine", install=reason)
-        from graphopt.targets.toolchain import LIBRARIES, runtime_folder
+        from graphopt.targets.toolchain import LIBRARIES, runtime_folder, symbols_of
 
         qemu = shutil.which(QEMU)
         assert qemu is not None, "why_not found it"
@@ -89,7 +89,7 @@ class Runner:
             self._weights = (folder / "weights.bin").open("rb")
             for source in (runtime_folder() / "main.c", runtime_folder() / "runtime.h", folder / f"lib{model.name}.a"):
                 shutil.copyfile(source, place / source.name)
-            options = [f"-DGRAPHOPT_NAME={model.name}", "-std=gnu11", "-O2", "-fno-sanitize=all", "-s"]
+            options = [symbols_of(model.name), "-std=gnu11", "-O2", "-fno-sanitize=all", "-s"]
             for what, size in (("WORKSPACE", model.workspace_bytes), ("WEIGHTS", model.weights_bytes)):
                 options.append(f"-DGRAPHOPT_{what}_BYTES={size}")
             for what, specs in (("INPUT", model.inputs), ("OUTPUT", model.outputs)):

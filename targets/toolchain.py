@@ -47,6 +47,11 @@ def runtime_folder() -> Path:
     return Path(graphopt.codegen.__file__).parent / "runtime"
 
 
+def symbols_of(name: str) -> str:
+    """The compiler's option that the runtime's sources need: how the functions of the model `name` are called."""
+    return f"-DGRAPHOPT_SYMBOL(function)={name}_##function"
+
+
 def link(artefact: Artefact, target: Target, kind: str, folder: Path) -> dict[str, Path]:
     """Link `artefact` into `folder`, which exists.
 
@@ -61,6 +66,7 @@ def link(artefact: Artefact, target: Target, kind: str, folder: Path) -> dict[st
 
     Raises:
         ToolMissing: the toolchain is not installed.
+        NoRoom: the temporary files cannot be written.
         LinkFailed: the compiler or the linker refused; undefined symbols are named.
         CannotWrite: the folder cannot be written.
     """
@@ -173,7 +179,7 @@ def _compile_inputs(artefact: Artefact, target: Target, place: Path) -> list[str
     sources = [f"model/{file}" for file in sorted(own) if file.endswith(".c")]
     sources += [f"runtime/{file}" for file in runtime if file.endswith(".c")]
     objects = [f"model/{file}" for file in sorted(artefact.objects)]
-    return [*_COMPILE, f"-DGRAPHOPT_NAME={artefact.name}", "-Imodel", "-Iruntime", *sources, *objects]
+    return [*_COMPILE, symbols_of(artefact.name), "-Imodel", "-Iruntime", *sources, *objects]
 
 
 def _call(

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -13,11 +14,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from graphopt.errors import LinkFailed, ToolMissing
+from graphopt.errors import LinkFailed, NoRoom, ToolMissing
 
 # What a first link for a target takes, libc's stubs included, on a slow and busy machine.
 TIMEOUT_S = 900
 _LINES = 6
+# What compiler and linker say where the file system is at fault, in the words of libc and in Zig's own.
+_NO_ROOM = {
+    "No space left on device": ("No space left on device", "NoSpaceLeft"),
+    "File too large": ("File too large", "FileTooBig"),
+    "Disk quota exceeded": ("Disk quota exceeded", "DiskQuota"),
+    "Read-only file system": ("Read-only file system", "ReadOnlyFileSystem"),
+}
 
 
 def zig_installed() -> bool:
@@ -61,6 +69,7 @@ def zig(arguments: Sequence[str], folder: Path, *, name: str, target: str, purpo
 
     Raises:
         ToolMissing: the pip package is not installed.
+        NoRoom: its temporary files cannot be written.
         LinkFailed: it says what the linker said.
     """
     if not zig_installed():
@@ -88,7 +97,17 @@ def zig(arguments: Sequence[str], folder: Path, *, name: str, target: str, purpo
         reason = f"{purpose} took more than {TIMEOUT_S} seconds"
         raise LinkFailed(name=name, target=target, reason=reason) from error
     if done.returncode != 0:
+        if reason := _no_room(done.stderr + done.stdout, done.returncode):
+            raise NoRoom(folder=folder.parent, reason=reason)
         raise LinkFailed(name=name, target=target, reason=_reason(done.stderr or done.stdout, done.returncode))
+
+
+def _no_room(output: str, status: int) -> str:
+    """What the file system refused; empty where it is not at fault."""
+    # The module that starts zig passes a signal on as the low byte of its negative number.
+    if status in (-signal.SIGXFSZ, 256 - signal.SIGXFSZ):
+        return "File too large"
+    return next((reason for reason, words in _NO_ROOM.items() if any(word in output for word in words)), "")
 
 
 def _reason(output: str, status: int) -> str:

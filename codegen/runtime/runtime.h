@@ -1,13 +1,15 @@
-/* What the runtime's files share. GRAPHOPT_NAME is the model's name: it prefixes every function that a program sees, and
-   everything else is hidden, so that any number of models can be linked into one program. */
+/* What the runtime's files share. GRAPHOPT_SYMBOL(run) is NAME_run, with the model's name: it prefixes every function
+   that a program sees, and everything else is hidden, so that any number of models can be linked into one program. The
+   command line defines it, with the name inside: as an operand of ## it stays what it is, though a header has a macro
+   of that name. */
 #ifndef GRAPHOPT_RUNTIME_H
 #define GRAPHOPT_RUNTIME_H
 #include <stddef.h>
 #include <stdint.h>
 
-#define GRAPHOPT_PASTE_(a, b) a##_##b
-#define GRAPHOPT_PASTE(a, b) GRAPHOPT_PASTE_(a, b)
-#define GRAPHOPT_SYMBOL(function) GRAPHOPT_PASTE(GRAPHOPT_NAME, function)
+#ifndef GRAPHOPT_SYMBOL
+#error "compile with -DGRAPHOPT_SYMBOL(function)=NAME_##function"
+#endif
 
 #ifdef __wasm__
 #define GRAPHOPT_PUBLIC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -40,7 +41,7 @@ def guarded(arguments: list[str], invoke: Callable[[list[str]], None]) -> int:
     """
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        with _signals():
+        with _signals(), _verbosity(debug):
             invoke(arguments)
             sys.stdout.flush()
         return Exit.DONE
@@ -97,6 +98,19 @@ def _interrupted(number: int) -> int:
     with contextlib.suppress(OSError):
         print("interrupted; nothing was written", file=sys.stderr, flush=True)
     return 128 + number
+
+
+@contextlib.contextmanager
+def _verbosity(debug: bool) -> Iterator[None]:
+    """With --debug, what is usually kept quiet, such as torch's own logs, is shown."""
+    logger = logging.getLogger("graphopt")
+    before = logger.level
+    if debug:
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import torch
 import graphopt
 from graphopt import bundle as bundles
 from graphopt.bundle import Bundle, load
-from graphopt.errors import BundleCorrupt
+from graphopt.errors import BundleCorrupt, CannotWrite
+from graphopt.spec import identifier
+from graphopt.staging import staged
 from tests.graphopt.test_bundle import Echo, write
 
 
@@ -80,3 +84,17 @@ def test_a_pipe_in_a_bundle_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(path / "code.bin")
     with pytest.raises(BundleCorrupt, match=r"code\.bin is no file"):
         load(path)
+
+
+def test_a_full_disk_is_named_by_the_output(tmp_path: Path) -> None:
+    """The copy's error names the source first, which is a temporary file that nobody knows."""
+    full = re.escape(f"{tmp_path / 'o.so'}: cannot be written: No space left")
+    with pytest.raises(CannotWrite, match=full), staged(tmp_path / "o.so") as stage:
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/o.so", None, str(stage / "o.so"))
+
+
+def test_long_names() -> None:
+    """Two long names that differ at the end stay different, and both fit into a file's name."""
+    made = {identifier("x" * 240 + end) for end in "ab"}
+    assert len(made) == 2
+    assert {len(name) for name in made} == {128}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import pytest
@@ -225,3 +226,26 @@ def test_torchscript_has_a_way_out(files):
     with pytest.raises(ScriptedModel) as caught:
         capture(files / "script.pt", X)
     assert "torch.export.save" in caught.value.way_out
+
+
+def test_torch_does_not_log_what_it_raises(files):
+    """The error has the reason; the traceback that torch logs besides is for those who ask."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("torch._subclasses.fake_tensor").addHandler(handler)
+    try:
+        for level, shown in ((logging.NOTSET, False), (logging.DEBUG, True)):
+            logging.getLogger("graphopt").setLevel(level)
+            with pytest.raises(CaptureFailed, match="must have same reduction dim"):
+                capture(files / "weights.pt", model_factory="tests.graphopt.small:Net", input_shapes={"x": (2, 7)})
+            assert bool(said.getvalue()) == shown
+    finally:
+        logging.getLogger("graphopt").setLevel(logging.NOTSET)
+        logging.getLogger("torch._subclasses.fake_tensor").removeHandler(handler)
+
+
+@pytest.mark.parametrize("text", ["x=99999999x3x999999x9999", "x=99999999999999999999x3", "x=" + "9" * 5000])
+def test_sizes_beyond_any_memory(text):
+    """Refused before memory is asked for, however many digits they have."""
+    with pytest.raises(BadInputShape, match=r"this machine has|digits"):
+        parse_input_shape(text)

@@ -254,3 +254,13 @@ def test_same_name_twice(tmp_path):
     file.write_bytes(content.replace(b"model.jsoN", b"model.json"))
     with pytest.raises(CorruptModel, match="two members have the same name"):
         capture(file)
+
+
+def test_only_files_are_opened(tmp_path):
+    """A pipe would be waited for, and a device has no end; an empty path is named as such."""
+    os.mkfifo(tmp_path / "pipe.pt2")
+    for path in (tmp_path / "pipe.pt2", Path("/dev/zero")):
+        with pytest.raises(NotAModel, match="not a file"):
+            model_file.load(path)
+    with pytest.raises(NotAModel, match="the path of the model is empty"):
+        capture("")

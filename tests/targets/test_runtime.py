@@ -8,7 +8,7 @@ import pytest
 
 from graphopt.targets import resolve
 from graphopt.targets.cpu import host_machine
-from graphopt.targets.toolchain import runtime_folder
+from graphopt.targets.toolchain import runtime_folder, symbols_of
 from graphopt.targets.zig import zig
 
 _STRESS = """
@@ -71,7 +71,7 @@ def test_every_item_is_done_once(tmp_path):
         (tmp_path / file).write_bytes((runtime_folder() / file).read_bytes())
     (tmp_path / "stress.c").write_text(_STRESS)
     machine = ["-target", target.zig, f"-mcpu={target.zig_cpu}"]
-    options = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-DGRAPHOPT_NAME=m", "-lpthread"]
+    options = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", symbols_of("m"), "-lpthread"]
     command = ["cc", *machine, *options, "threads.c", "stress.c", "-o", "stress"]
     zig(command, tmp_path, name="stress", target=target.spec)
     for users in (1, 3):
@@ -85,7 +85,7 @@ def test_no_source_warns(tmp_path):
         target = resolve(spec)
         for file in (*files, "runtime.h"):
             (tmp_path / file).write_bytes((runtime_folder() / file).read_bytes())
-        options = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-DGRAPHOPT_NAME=m", "-c"]
+        options = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", symbols_of("m"), "-c"]
         for file in files:
             command = ["cc", "-target", target.zig, f"-mcpu={target.zig_cpu}", *options, file, "-o", "out.o"]
             zig(command, tmp_path, name="runtime", target=spec)

@@ -187,3 +187,11 @@ def test_imports_of_a_module_are_read():
     head = b"\0asm\x01\0\0\0" + b"\x01\x04\x01\x60\0\0"
     assert wasm_imports(head) == []
     assert wasm_imports(head + b"\x02\x09\x01\x03env\x01f\0\0") == ["env.f"]
+
+
+@pytest.mark.parametrize("name", ["NULL", "linux", "errno", "int"])
+def test_a_name_may_be_a_macro_or_a_keyword(name, tmp_path):
+    """The runtime's functions are named after the model, whatever C takes its name for."""
+    target = resolve("cpu")
+    made = link(artefact(target, name=name), target, "so", tmp_path)
+    assert made["so"].name == f"lib{name}.so"

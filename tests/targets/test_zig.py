@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 
 import pytest
 
-from graphopt.errors import Exit, LinkFailed, ToolMissing
+from graphopt.errors import Exit, LinkFailed, NoRoom, ToolMissing
 from graphopt.targets import zig as toolchain
 from graphopt.targets.zig import cache_folder, zig
 
@@ -66,3 +68,21 @@ def test_the_compilers_first_lines_are_in_the_error(tmp_path):
     with pytest.raises(LinkFailed, match=r"broken\.c:2:10: error: use of undeclared identifier 'nothing'"):
         zig(["cc", "-c", "broken.c", "-o", "broken.o"], tmp_path, name="model", target="cpu")
     assert not (tmp_path / "broken.o").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "reason"),
+    [
+        ("ld.lld: error: failed to open m.o: File too large", 1, "File too large"),
+        ("error: unable to write: NoSpaceLeft", 1, "No space left on device"),
+        ("", 256 - signal.SIGXFSZ, "File too large"),
+    ],
+)
+def test_a_full_disk_is_not_the_linkers_fault(said, status, reason, tmp_path, monkeypatch):
+    """Exit 5, with the folder that is full."""
+    done = subprocess.CompletedProcess([], status, "", said)
+    monkeypatch.setattr("graphopt.targets.zig.subprocess.run", lambda *_, **__: done)
+    with pytest.raises(NoRoom, match=reason) as caught:
+        zig(["cc"], tmp_path / "work", name="m", target="cpu")
+    assert caught.value.exit == Exit.IO_FAILED
+    assert str(tmp_path) in str(caught.value)
