@@ -18,6 +18,7 @@ from tvm import s_tir, tirx
 from tvm.ir import IRModule, PointerType, PrimType
 from tvm.tirx import PrimFunc
 
+from graphopt.codegen.kernels.soft_half import SoftenHalf
 from graphopt.codegen.kernels.vector_math import ExpandMath
 from graphopt.targets.target import Target
 
@@ -90,7 +91,8 @@ def build_llvm(kernels: Mapping[str, PrimFunc], target: Target) -> tvm.runtime.M
     # With a prefix TVM calls the runtime's symbols directly, and not through pointers that nobody sets.
     plain = plain.with_attr("system_lib_prefix", "graphopt_")
     t = tirx.transform
-    plain = tvm.ir.transform.Sequential([t.BF16StorageLegalize(), t.LowerTVMBuiltin(), t.LowerIntrin()])(plain)
+    passes = [t.BF16StorageLegalize(), t.LowerTVMBuiltin(), SoftenHalf(target), t.LowerIntrin()]
+    plain = tvm.ir.transform.Sequential(passes)(plain)
     return tvm.get_global_func("target.build.llvm")(plain, llvm_target(target))
 
 

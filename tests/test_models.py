@@ -62,13 +62,14 @@ def test_transformers_model(name: str) -> None:
         check(bundle)
 
 
+@pytest.mark.parametrize("target", ["cpu", "wasm", "arm"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "bert"])
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    """A convolutional network and an encoder in 16 bits, weights, inputs and outputs."""
+def test_half_precision(name: str, dtype: torch.dtype, target: str) -> None:
+    """A convolutional network and an encoder in 16 bits, weights, inputs and outputs, on every processor."""
     model, inputs = TINY[name]()
     inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
-    with graphopt.compile(model.to(dtype), example_inputs=inputs) as bundle:
+    with graphopt.compile(model.to(dtype), example_inputs=inputs, target=target) as bundle:
         check(bundle, HALVES[dtype])
         assert all(spec.dtype == str(dtype).removeprefix("torch.") for spec in bundle.manifest.outputs)
 
