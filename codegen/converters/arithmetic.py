@@ -23,6 +23,20 @@ def _reduce(op: Callable[..., relax.Expr]) -> Converter:
     return convert
 
 
+def _product(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Short integers are widened first, as PyTorch does: their products are int64."""
+    a = arguments(node, importer)
+    x = as_dtype(a["self"], promised(node), importer)
+    axes, kept = (a["dim"], a["keepdim"]) if "dim" in a else (None, False)
+    return importer.block_builder.emit(relax.op.prod(x, axes, kept))
+
+
+def _sigmoid(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Of integers too, whose sigmoids are floating-point numbers."""
+    x = as_dtype(arguments(node, importer)["self"], promised(node), importer)
+    return importer.block_builder.emit(relax.op.sigmoid(x))
+
+
 def _any(node: fx.Node, importer: Importer) -> relax.Expr:
     """Whether an element is not zero. TVM's converter narrows to eight bits first, where 256 and 0.3 are zero."""
     a = arguments(node, importer)
@@ -119,7 +133,9 @@ TABLE: dict[str, Converter] = {
     "div.Tensor": _divide,
     "div.Tensor_mode": _divide_rounded,
     "min.dim": _min_dim,
-    "prod.dim_int": _reduce(relax.op.prod),
+    "prod.default": _product,
+    "prod.dim_int": _product,
+    "sigmoid.default": _sigmoid,
     "var.dim": _var,
     "var_mean.correction": _var_mean,
 }

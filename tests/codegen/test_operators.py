@@ -31,6 +31,8 @@ FAMILIES: dict[str, list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tenso
         lambda x, y, i: i.to(torch.int32) * 3 - 1,
         lambda x, y, i: i.to(x.dtype) * x,
         lambda x, y, i: torch.cumsum(i, 2),
+        lambda x, y, i: (i + 60).to(torch.int8).prod(1) + (i + 60).to(torch.int16).prod(),
+        lambda x, y, i: torch.sigmoid(i) + torch.sigmoid(i.to(torch.int8)),
         lambda x, y, i: F.one_hot(i[0, 0], 3),
         lambda x, y, i: i / 3 + i.div(2, rounding_mode="trunc"),
         lambda x, y, i: i.clamp(min=1) - (i - 1).clamp(0, 1) + i.clamp_max(1),
