@@ -88,10 +88,7 @@ def _operator(flow: Dataflow, binding: relax.VarBinding) -> Found | Decline:
     m = k.shape[1]
     mask = None
     if len(call.args) > 3:
-        bias = view_of(flow, call.args[3])
-        if bias.stride(len(bias.dims) - 1) not in (0, 1):
-            bias = contiguous(call.args[3])
-        mask = Mask(_spread(bias, (b, h, n, m)))
+        mask = Mask(_spread(_mask(flow, call.args[3]), (b, h, n, m)))
     scale = 1 / math.sqrt(d) if call.attrs.scale is None else float(call.attrs.scale)
     causal = {None: None, "TopLeft": 0, "BottomRight": m - n}[call.attrs.causal_mask]
     output, strides = _destination(flow, binding.var, (b, n, h, d))
@@ -151,11 +148,7 @@ def _written_out(flow: Dataflow, binding: relax.VarBinding) -> Found | Decline:
         return Decline(where, "the second product has other batch dimensions")
     mask = None
     if mask_expr is not None:
-        seen = view_of(flow, mask_expr)
-        if seen.stride(len(seen.dims) - 1) not in (0, 1):
-            seen = contiguous(mask_expr)
-        wide = _spread(seen, shape)
-        spread = reshaped(wide, (*lead, n, m))
+        spread = reshaped(_spread(_mask(flow, mask_expr), shape), (*lead, n, m))
         if spread is None:
             return Decline(where, "a mask that strides cannot spread over batch and heads")
         mask = Mask(spread, keeps, fill)
@@ -222,6 +215,12 @@ def _batched(
                 return moved
         factors = []
     return None
+
+
+def _mask(flow: Dataflow, expr: relax.Expr) -> View:
+    """A view whose last dimension vectors can read: dense, or one element for all, as a scalar's is."""
+    view = view_of(flow, expr)
+    return view if not view.dims or view.stride(len(view.dims) - 1) in (0, 1) else contiguous(expr)
 
 
 def _spread(view: View, shape: tuple[int, ...]) -> View:

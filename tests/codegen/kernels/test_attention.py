@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tvm import relax
 
+import graphopt
 from graphopt.codegen.kernels.attention import Attention, reference
 from graphopt.codegen.kernels.template import KernelCall
 from graphopt.errors import Decline
@@ -195,3 +196,17 @@ def test_register_tiles(target, multiply):
     assert text.count(multiply) >= 2 * mr * nr // target.isa.lanes(32)
     called = re.findall(r"^\s+(?:callq?|bl|call)\s+(\S+)", text, re.M)
     assert not [c for c in called if "exp" in c or "Workspace" in c]
+
+
+@pytest.mark.parametrize("masked", [lambda s, q: s + 1, lambda s, q: s + q.sum(), lambda s, q: s.where(q.sum() > 0, 0)])
+def test_masks_without_dimensions(masked):
+    """A scalar added to the scores, or that chooses them, is a mask that is the same everywhere."""
+
+    class Scores(torch.nn.Module):
+        def forward(self, q):
+            return masked(q @ q.transpose(-1, -2), q).softmax(-1) @ q
+
+    torch.manual_seed(0)
+    module, q = Scores(), torch.randn(2, 3, 9, 16)
+    with graphopt.compile(module, example_inputs=(q,)) as bundle:
+        torch.testing.assert_close(torch.as_tensor(bundle(q)), module(q), rtol=1e-4, atol=1e-5)
