@@ -18,6 +18,7 @@ from tvm import s_tir, tirx
 from tvm.ir import IRModule, PointerType, PrimType
 from tvm.tirx import PrimFunc
 
+from graphopt.codegen.kernels.nan import PropagateNan
 from graphopt.codegen.kernels.soft_half import SoftenHalf
 from graphopt.codegen.kernels.vector_math import ExpandMath
 from graphopt.targets.target import Target
@@ -58,6 +59,7 @@ def lower_tir(module: IRModule, target: Target) -> IRModule:
         t.RemoveNoOp(),
         s.RewriteUnsafeSelect(),
         t.CommonSubexprElim(),
+        PropagateNan(target),  # last: what it writes is not to be simplified, nor shared between statements
     ]
     return tvm.ir.transform.Sequential(passes)(module)
 

@@ -20,6 +20,7 @@ from tvm.tirx.script import builder as T
 
 from graphopt.codegen.dataflow import Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.emit import FLOATS, load, loop, prim_func, spread, store
+from graphopt.codegen.kernels.nan import plain_max
 from graphopt.codegen.kernels.rows import PARALLEL_ELEMENTS, each_of_row, fold_row
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.errors import Decline
@@ -65,7 +66,7 @@ def build(rows: int, width: int, dtype: str, log: bool, target: Target) -> PrimF
             def value(c: Any, w: int) -> Any:
                 return load(x, at + c, w, "float32")
 
-            top = fold_row(width, lanes, "float32", -math.inf, value, tirx.max)
+            top = fold_row(width, lanes, "float32", -math.inf, value, plain_max)
 
             def weight(c: Any, w: int) -> Any:
                 return tirx.exp(value(c, w) - spread(top, w))
