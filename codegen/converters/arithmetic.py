@@ -115,6 +115,18 @@ def _clamp(node: fx.Node, importer: Importer) -> relax.Expr:
     return x
 
 
+def _elu(node: fx.Node, importer: Importer) -> relax.Expr:
+    """elu, and selu, which is elu with a scale; TVM's converter leaves the scales out."""
+    a = arguments(node, importer)
+    emit, dtype = importer.block_builder.emit, promised(node)
+    x = as_dtype(a["self"], dtype, importer)
+    inner = emit(relax.op.multiply(x, relax.const(a["input_scale"], dtype)))
+    below = emit(relax.op.subtract(emit(relax.op.exp(inner)), relax.const(1, dtype)))
+    below = emit(relax.op.multiply(below, relax.const(a["scale"] * a["alpha"], dtype)))
+    above = emit(relax.op.multiply(x, relax.const(a["scale"], dtype)))
+    return emit(relax.op.where(emit(relax.op.greater(x, relax.const(0, dtype))), above, below))
+
+
 def _no_check(node: fx.Node, importer: Importer) -> relax.Expr:
     """A check of values, as of the classes in one_hot: a kernel has nobody to raise to, so it is left out."""
     return importer.block_builder.emit(relax.Tuple([]))
@@ -132,6 +144,7 @@ TABLE: dict[str, Converter] = {
     "div.Scalar_mode": _divide_rounded,
     "div.Tensor": _divide,
     "div.Tensor_mode": _divide_rounded,
+    "elu.default": _elu,
     "min.dim": _min_dim,
     "prod.default": _product,
     "prod.dim_int": _product,

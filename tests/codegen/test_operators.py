@@ -23,6 +23,7 @@ FAMILIES: dict[str, list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tenso
         lambda x, y, i: torch.where(x > y, x, y.clamp(-0.5, 0.5)) + torch.maximum(x, y).floor(),
         lambda x, y, i: torch.atan2(x, y.abs() + 0.1) + torch.round(x * 3) + torch.sign(y) + torch.log1p(x.abs()),
         lambda x, y, i: torch.fmod(x, 0.7) + torch.remainder(y, 0.7) + torch.div(x, 0.3, rounding_mode="floor"),
+        lambda x, y, i: F.selu(x) + F.elu(y, 0.7) + F.celu(x, 0.5),
         lambda x, y, i: torch.expm1(x) + torch.log2(y.abs() + 1) + torch.asin(x / 3) + torch.sinh(y),
     ],
     "integers": [
