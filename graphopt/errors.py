@@ -250,6 +250,22 @@ class WrongInputs(GraphoptError):
     hint = "it takes {expected}"
 
 
+class NotFromProgram(GraphoptError):
+    """`Program.from_module` got a module that no program made, or one with several such in it."""
+
+    code = "not-from-program"
+    message = "{module}: has {count} of the modules that Program.to_module makes in it, and not one"
+    hint = "give the module that Program.to_module returned, or one that has it as its only such part"
+
+
+class StateMismatch(GraphoptError):
+    """A trained module's tensor no longer fits the program that it was made from."""
+
+    code = "state-mismatch"
+    message = "{model}: {tensor} is {got} in the module and {want} in the program"
+    hint = "training may change values only; to change shapes, change the program"
+
+
 class CannotWrite(GraphoptError):
     """The output could not be written: no permission, a full disk, a missing folder."""
 
@@ -352,3 +368,11 @@ class UnknownRival(GraphoptError):
     code = "unknown-rival"
     message = "--against {rival}: there is no such engine to compare with{near}"
     hint = "known are: {known}"
+
+
+class CannotShrink(GraphoptError):
+    """An axis that must not shrink, or indices that it does not have."""
+
+    code = "cannot-shrink"
+    message = "axis {axis} cannot be shrunk so: {reason}"
+    hint = "`graphopt inspect --axes` lists the axes, and why some are pinned"

@@ -27,6 +27,9 @@ CANONICALISE: tuple[str, ...] = (
     "eliminate-dead-code",  # last: what the others left behind
 )
 
+# What axis inference wants done first. Batch norms stay: their scales are a criterion.
+PREPARE: tuple[str, ...] = ("remove-noops", "fold-constants", "eliminate-dead-code")
+
 
 def load(name: str) -> type[Pass]:
     """The class of a registered pass. Raises KeyError where there is none."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphopt.cost import summary
-from graphopt.passes.edit import Edit
+from graphopt.edit import Edit
 from graphopt.program import Program
 from graphopt.record import Record
 

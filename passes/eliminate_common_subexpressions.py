@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit, is_pure
+from graphopt.edit import Edit, is_pure
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit, is_random
+from graphopt.edit import Edit, is_random
 
 
 @dataclass(frozen=True)

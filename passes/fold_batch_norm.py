@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from graphopt.exported import op_name
 from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit
+from graphopt.edit import Edit
 
 _CONVS = {f"aten.conv{rank}d{overload}" for rank in (1, 2, 3) for overload in ("", ".padding")}
 _TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"}

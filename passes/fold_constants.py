@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit, is_pure
+from graphopt.edit import Edit, is_pure
 
 KIB = 1024
 
@@ -32,6 +32,11 @@ class FoldConstants(Pass):
 
     def apply(self, edit: Edit) -> None:
         constant = _constant_nodes(edit)
+        parameters = edit.exported.graph_signature.inputs_to_parameters
+        learned: set[Node] = set()
+        for node in edit.graph.nodes:
+            if node.name in parameters or not learned.isdisjoint(node.all_input_nodes):
+                learned.add(node)
         values: dict[Node, Any] = {}
         known: dict[tuple[Any, ...], Node] = {}
         for node in reversed(list(edit.graph.nodes)):
@@ -48,9 +53,12 @@ class FoldConstants(Pass):
                 edit.decline(node, reason)
                 continue
             value = _evaluate(node, edit, values)
-            key = (value.dtype, tuple(value.shape), value.numpy(force=True).tobytes() if _plain(value) else id(value))
+            # What was made of parameters can still be trained.
+            parameter = node in learned and value.is_floating_point()
+            data = value.numpy(force=True).tobytes() if _plain(value) else id(value)
+            key = (parameter, value.dtype, tuple(value.shape), data)
             if key not in known:
-                known[key] = edit.add_tensor(f"{node.name}_folded", value, parameter=False)
+                known[key] = edit.add_tensor(f"{node.name}_folded", value, parameter=parameter)
             edit.replace(node, known[key])
             edit.count(str(node.target).removesuffix(".default"))
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from graphopt.exported import op_name
 from graphopt.passes.base import Pass
-from graphopt.passes.edit import Edit
+from graphopt.edit import Edit
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from graphopt.capture import capture
-from graphopt.passes.edit import Edit
+from graphopt.edit import Edit
 from graphopt.passes.eliminate_dead_code import EliminateDeadCode
 from tests.programs import assert_same, ops, program_of
 

@@ -1,0 +1,266 @@
+"""Rules of operators that compute: matrix products, reductions, norms, attention, recurrent layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.fx import Node
+
+from graphopt.axes import axis as ax
+from graphopt.axes.axis import Axis
+from graphopt.axes.call import Call, Dims, GaveUp, Several, rule
+
+
+def _product(call: Call, a: Any, b: Any) -> Dims:
+    """The dimensions of a (batched) matrix product of two arguments, by the rules of torch.matmul."""
+    x, y = call.dims(a), call.dims(b)
+    inner = y[-2] if len(y) > 1 else y[-1]
+    call.unify(x[-1], inner)
+    call.contracted(a, len(x) - 1)
+    call.contracted(b, max(len(y) - 2, 0))
+    own = ([x[-2]] if len(x) > 1 else []) + ([y[-1]] if len(y) > 1 else [])
+    batch = call.shape[: len(call.shape) - len(own)]
+    return call.broadcast([x[:-2], y[:-2]], batch) + own
+
+
+@rule("matmul")
+def matmul(call: Call) -> Dims:
+    """Batched matrix product, batch dimensions broadcast."""
+    return _product(call, call.arg("self"), call.arg("other"))
+
+
+@rule("addmm", "baddbmm")
+def addmm(call: Call) -> Dims:
+    """A matrix product and something that is broadcast to it."""
+    first, second = ("mat1", "mat2") if call.has("mat1") else ("batch1", "batch2")
+    out = _product(call, call.arg(first), call.arg(second))
+    return call.broadcast([out, call.dims(call.arg("self"))], call.shape)
+
+
+@rule("einsum")
+def einsum(call: Call) -> Dims:
+    """Letters stand for axes; an ellipsis for leading dimensions that are broadcast."""
+    equation = str(call.arg("equation")).replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    operands = call.arg("tensors")
+    names = terms.split(",")
+    if not arrow:
+        letters = sorted(letter for letter in set(terms) - {",", "."} if terms.count(letter) == 1)
+        result = ("..." if "..." in terms else "") + "".join(letters)
+    env: dict[str, Axis] = {}
+    leading: list[Dims] = []
+    for term, operand in zip(names, operands, strict=True):
+        dims = call.dims(operand)
+        before, dots, after = term.partition("...")
+        if not dots:
+            before, after = "", term
+        inner = dims[len(before) : len(dims) - len(after)]
+        if dots:
+            leading.append(inner)
+        places = [*range(len(before)), *range(len(dims) - len(after), len(dims))]
+        for letter, place in zip(before + after, places, strict=True):
+            axis = dims[place]
+            known = env.get(letter)
+            if known is None or (known.extent == 1 and axis.extent != 1):
+                env[letter] = axis
+            elif axis.extent == known.extent:
+                call.unify(known, axis)
+            if letter not in result:
+                call.contracted(operand, place)
+    before, dots, after = result.partition("...")
+    if not dots:
+        return [env[letter] for letter in result]
+    shape = call.shape[len(before) : len(call.shape) - len(after)]
+    return [env[n] for n in before] + call.broadcast(leading, shape) + [env[n] for n in after]
+
+
+# Reductions -----------------------------------------------------------------------------------------------------------
+
+
+def _reduce(call: Call, *, statistics: bool = False, pinned: str | None = None) -> Dims | Several:
+    source = call.arg("self") if call.has("self") else call.arg("input")
+    dims = call.dims(source)
+    whole = not call.has("dim")
+    places = list(range(len(dims))) if whole else call.dim_list("dim", len(dims))
+    for place in places:
+        if statistics:
+            call.statistics(dims[place])
+        if pinned:
+            call.pin(dims[place], pinned)
+    if not whole and call.arg("keepdim", False):
+        out = [Axis(1) if place in places else axis for place, axis in enumerate(dims)]
+    else:
+        out = [axis for place, axis in enumerate(dims) if place not in places]
+    return [list(out) for _ in call.shapes] if isinstance(call.node.meta["val"], (list, tuple)) else out
+
+
+@rule("sum", "linalg_vector_norm", "norm", "any", "count_nonzero", "nansum")
+def total(call: Call) -> Dims | Several:
+    """Reductions in which zeros do not count."""
+    return _reduce(call)
+
+
+@rule("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "prod", "all", "logsumexp", "nanmean", "aminmax")
+def statistic(call: Call) -> Dims | Several:
+    """Reductions that are statistics of the items there are."""
+    return _reduce(call, statistics=True)
+
+
+@rule("argmax", "argmin", "max", "min", "median", "mode")
+def choose(call: Call) -> Dims | Several:
+    """Reductions that give the place of an item, so none can go; as functions of two tensors they are pointwise."""
+    if call.has("other"):
+        return call.broadcast([call.dims(tensor) for tensor in call.tensors], call.shape)
+    if not call.has("dim"):
+        return _reduce(call, statistics=True)
+    return _reduce(call, pinned="its order matters")
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "softmin")
+def softmax(call: Call) -> Dims:
+    """Normalised over one dimension."""
+    dims = call.dims(call.arg("self"))
+    if dims:
+        call.statistics(dims[call.dim("dim", len(dims))])
+    return dims
+
+
+@rule("glu")
+def glu(call: Call) -> Dims:
+    """The two halves of a dimension agree item by item."""
+    dims = call.dims(call.arg("self"))
+    place = call.dim("dim", len(dims))
+    half = Axis(dims[place].extent // 2)
+    call.unify(dims[place], ax.concatenation([half, half]))
+    dims[place] = half
+    return dims
+
+
+# Norms ----------------------------------------------------------------------------------------------------------------
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(call: Call) -> Dims | Several:
+    """Normalised over the last dimensions, whose extents are an argument."""
+    dims = call.dims(call.arg("input"))
+    own = dims[len(dims) - len(call.arg("normalized_shape")) :]
+    for name in ("weight", "bias"):
+        if call.has(name):
+            call.tie(own, call.dims(call.arg(name)))
+    for axis in own:
+        call.statistics(axis)
+        call.role(axis, "embedding")
+    call.literal("normalized_shape", list(own))
+    if not isinstance(call.node.meta["val"], (list, tuple)):
+        return dims
+    outer = dims[: len(dims) - len(own)]
+    return [dims, *([*outer, *[Axis(1) for _ in own]] for _ in call.shapes[1:])]
+
+
+@rule("group_norm")
+def group_norm(call: Call) -> Dims:
+    """Normalised over the channels of each group and over space: groups may go, and channels of every group alike."""
+    dims = call.dims(call.arg("input"))
+    groups = Axis(int(call.arg("num_groups")))
+    each = Axis(dims[1].extent // groups.extent)
+    call.unify(dims[1], ax.product([groups, each]))
+    for name in ("weight", "bias"):
+        call.tie([dims[1]], call.dims(call.arg(name)))
+    for axis in (each, *dims[2:]):
+        call.statistics(axis)
+    call.role(dims[1], "channel")
+    call.literal("num_groups", groups)
+    return dims
+
+
+@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def batch_norm(call: Call) -> Dims | Several:
+    """Every channel on its own; statistics over batch and space, where they are not fixed."""
+    dims = call.dims(call.arg("input"))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        call.tie([dims[1]], call.dims(call.arg(name)))
+    for axis in [dims[0], *dims[2:]]:
+        call.statistics(axis)
+    call.role(dims[1], "channel")
+    if isinstance(call.node.meta["val"], (list, tuple)):
+        return [dims, *(call.fresh(shape, pin="statistics") for shape in call.shapes[1:])]
+    return dims
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+@rule("scaled_dot_product_attention")
+def attention(call: Call) -> Dims:
+    """softmax(q k^T scale + mask) v; several query heads may share a head of keys and values."""
+    q, k, v = (call.dims(call.arg(name)) for name in ("query", "key", "value"))
+    call.unify(q[-1], k[-1])
+    call.unify(k[-2], v[-2])
+    for axis in (q[-1], v[-1]):
+        call.role(axis, "head_dim")
+    heads = q[:-2]
+    if call.arg("enable_gqa", False) and len(q) > 2 and k[-3].extent != q[-3].extent:
+        call.unify(k[-3], v[-3])
+        share = Axis(q[-3].extent // k[-3].extent)
+        call.role(share, "query_group")
+        call.role(k[-3], "head")
+        call.unify(q[-3], ax.product([k[-3], share]))
+        call.broadcast([q[:-3], k[:-3], v[:-3]], call.shape[:-3])
+    else:
+        heads = call.broadcast([q[:-2], k[:-2], v[:-2]], call.shape[:-2])
+        if heads:
+            call.role(heads[-1], "head")
+    mask = call.arg("attn_mask", None)
+    if isinstance(mask, Node):
+        call.broadcast([[*heads, q[-2], k[-2]], call.dims(mask)], [axis.extent for axis in [*heads, q[-2], k[-2]]])
+    if call.arg("is_causal", False):
+        for axis in (q[-2], k[-2]):
+            call.pin(axis, "causal")
+    call.statistics(k[-2])
+    for axis in (q[-2], k[-2]):
+        call.role(axis, "token")
+    # The default scale follows the extent; it must not change with it.
+    if call.arg("scale", None) is None:
+        call.literal("scale", 1 / math.sqrt(q[-1].extent))
+    return [*heads, q[-2], v[-1]]
+
+
+# Recurrent layers -----------------------------------------------------------------------------------------------------
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(call: Call) -> Several:
+    """Gates are stacked in the first dimension of every weight; the state is one axis throughout the call."""
+    if not call.has("input"):
+        raise GaveUp("packed sequences")
+    x = call.dims(call.arg("input"))
+    states = call.arg("hx")
+    states = list(states) if isinstance(states, (list, tuple)) else [states]
+    two = 2 if call.arg("bidirectional") else 1
+    params, biased, layers = list(call.arg("params")), call.arg("has_biases"), int(call.arg("num_layers"))
+    per = len(params) // (layers * two)
+    if per != (4 if biased else 2):
+        raise GaveUp("projected states")
+    hidden = call.dims(params[1])[1]
+    gates = call.dims(params[1])[0].extent // hidden.extent
+    incoming = x[-1]
+    call.role(hidden, "neuron")
+    for layer in range(layers):
+        for side in range(two):
+            own = params[per * (two * layer + side) :][:per]
+            for place, param in enumerate(own):
+                dims = call.dims(param)
+                gate = call.fresh([gates], pin="gates")[0]
+                call.unify(dims[0], ax.product([gate, hidden]))
+                if place < 2:
+                    call.unify(dims[1], incoming if place == 0 else hidden)
+                    call.contracted(param, 1)
+        incoming = ax.concatenation([hidden] * two)
+    results = [[*x[:-1], incoming]]
+    for state in states:
+        dims = call.dims(state)
+        call.pin(dims[0], "layers of states")
+        call.unify(dims[-1], hidden)
+        results.append([dims[0], *dims[1:-1], hidden])
+    return results
