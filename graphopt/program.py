@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
@@ -187,6 +187,48 @@ class Program:
             example_inputs=self._examples if example_inputs is None else example_inputs,
             records=self.records if records is None else records,
         )
+
+    def to_module(self, *, keep_zeros: bool = False) -> nn.Module:
+        """A module to train, with copies of this program's tensors; `from_module` takes it back.
+
+        It takes the arguments of the original forward method, in order or by the names of `inputs`, in the captured
+        shapes, and gives what that gives, in the same structure. Its state_dict has the source model's names where
+        these still exist; tied weights stay tied. All floating-point parameters are trainable, frozen and folded ones
+        too; constants are buffers that the state_dict leaves out. It may be moved to another device or dtype.
+
+        It starts in train() mode, as modules do. There
+        * batch norm uses the statistics of the batch and updates the running ones, unless it was folded. The mode
+          is that of the sub-module that has them: `module.layer1.bn.eval()` freezes them, as in the source model.
+        * dropout is active where the graph still has it. Capture is in eval mode and leaves dropout out, so in
+          programs that `capture` made there is none: put it around the module, or regularise otherwise.
+        In eval() mode it computes what the program computes. Buffers that the model itself updates are updated in
+        both modes, as in the source model.
+
+        Args:
+            keep_zeros: elements of parameters of two or more dimensions that are zero stay so: for sparse weights.
+        """
+        from graphopt.trainable import TrainableModule
+
+        return TrainableModule(self, keep_zeros=keep_zeros)
+
+    @staticmethod
+    def from_module(module: nn.Module) -> Program:
+        """The program that `module` was made from by `to_module`, with the values that the module has now.
+
+        Graph, example inputs and records are those of that program; where a tensor changed, a record "fine-tune" comes
+        behind them, else it is that very program. The values are copied: the module can be trained on. What was moved
+        to another device or floating-point dtype is brought back to the program's.
+
+        Args:
+            module: what `to_module` gave, or a module around it (compiled, wrapped for several devices, the user's).
+
+        Raises:
+            NotFromProgram: there is no such module in it, or more than one.
+            StateMismatch: a tensor has another shape or another kind of dtype by now.
+        """
+        from graphopt.trainable import from_module
+
+        return from_module(module)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .pt2 file that torch.export.load and `capture` read; records included. Whole or not at all.
