@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from graphopt.capture import capture
 from graphopt.exported import op_name
 from graphopt.program import Program
+from tests.hard_nets import HARD
 from tests.models import TINY
 
 
@@ -17,6 +18,12 @@ from tests.models import TINY
 def tiny(name: str) -> Program:
     """A model of the zoo at test size, captured."""
     return capture(*TINY[name](), name=name)
+
+
+@cache
+def hard(name: str) -> Program:
+    """A model that breaks other tools, captured."""
+    return capture(*HARD[name](), name=name)
 
 
 def program_of(function, *examples: Tensor, **modules: nn.Module) -> Program:
