@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.passes.base import Pass
 from graphopt.edit import Edit, is_pure
+from graphopt.passes.base import Pass
 
 
 @dataclass(frozen=True)

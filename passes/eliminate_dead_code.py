@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.passes.base import Pass
 from graphopt.edit import Edit, is_random
+from graphopt.passes.base import Pass
 
 
 @dataclass(frozen=True)

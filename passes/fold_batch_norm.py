@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.edit import Edit
 from graphopt.exported import op_name
 from graphopt.passes.base import Pass
-from graphopt.edit import Edit
 
 _CONVS = {f"aten.conv{rank}d{overload}" for rank in (1, 2, 3) for overload in ("", ".padding")}
 _TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"}

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from graphopt.passes.base import Pass
 from graphopt.edit import Edit, is_pure
+from graphopt.passes.base import Pass
 
 KIB = 1024
 

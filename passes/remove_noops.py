@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.edit import Edit
 from graphopt.exported import op_name
 from graphopt.passes.base import Pass
-from graphopt.edit import Edit
 
 aten = torch.ops.aten
 
