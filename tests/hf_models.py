@@ -41,57 +41,57 @@ SENTENCES = (
 )
 
 
-_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-def _ids(length: int = 16, words: int = 100) -> Tensor:
+def ids(length: int = 16, words: int = 100) -> Tensor:
     return torch.randint(0, words, (1, length), generator=torch.Generator().manual_seed(2))
 
 
-def _pixels(size: int = 32) -> dict[str, Tensor]:
+def pixels(size: int = 32) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(2))}
 
 
-def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval()
 
 
 def bert() -> Built:
-    config = BertConfig(**_SMALL, vocab_size=100)
+    config = BertConfig(**SMALL, vocab_size=100)
     mask = (torch.arange(16) < 12)[None].long()
-    return _seeded(lambda: BertModel(config)), {"input_ids": _ids(), "attention_mask": mask}
+    return seeded(lambda: BertModel(config)), {"input_ids": ids(), "attention_mask": mask}
 
 
 def gpt2() -> Built:
     config = GPT2Config(vocab_size=100, n_positions=32, n_embd=32, n_layer=2, n_head=4, use_cache=False)
-    return _seeded(lambda: GPT2LMHeadModel(config)), {"input_ids": _ids()}
+    return seeded(lambda: GPT2LMHeadModel(config)), {"input_ids": ids()}
 
 
 def llama() -> Built:
-    config = LlamaConfig(**_SMALL, vocab_size=100, num_key_value_heads=2, use_cache=False)
-    return _seeded(lambda: LlamaForCausalLM(config)), {"input_ids": _ids()}
+    config = LlamaConfig(**SMALL, vocab_size=100, num_key_value_heads=2, use_cache=False)
+    return seeded(lambda: LlamaForCausalLM(config)), {"input_ids": ids()}
 
 
 def convnext() -> Built:
     config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, layer_scale_init_value=0.5)
-    return _seeded(lambda: ConvNextModel(config)), _pixels()
+    return seeded(lambda: ConvNextModel(config)), pixels()
 
 
 def swin() -> Built:
     config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
-    return _seeded(lambda: SwinModel(config)), _pixels()
+    return seeded(lambda: SwinModel(config)), pixels()
 
 
 def vit() -> Built:
-    config = ViTConfig(**_SMALL, image_size=32, patch_size=8)
-    return _seeded(lambda: ViTModel(config)), _pixels()
+    config = ViTConfig(**SMALL, image_size=32, patch_size=8)
+    return seeded(lambda: ViTModel(config)), pixels()
 
 
 def deit() -> Built:
-    config = DeiTConfig(**_SMALL, image_size=32, patch_size=8)
-    return _seeded(lambda: DeiTModel(config)), _pixels()
+    config = DeiTConfig(**SMALL, image_size=32, patch_size=8)
+    return seeded(lambda: DeiTModel(config)), pixels()
 
 
 HF: dict[str, Callable[[], Built]] = {

@@ -1,0 +1,183 @@
+"""How far graphopt reaches: every architecture of `tests/architectures.py` through every stage.
+
+    python -m benchmarks.reach                                # all of them; prints a table and writes JSON
+    python -m benchmarks.reach mixtral mamba --skip compile
+
+A row says which stages a model passed and why it stopped where it did. Each model runs in a process of its own with a
+time limit, so that one which hangs or crashes is a row like any other. A stage is a line in STAGES: a name, and a
+function that reads and fills a State; what it raises is the reason of the failure, and later stages are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.architectures import ARCHITECTURES
+
+# Loaded once, by the process that the models' processes are copies of.
+PRELOADED = (
+    "torch",
+    "transformers",
+    "graphopt",
+    "graphopt.codegen.lower",
+    "graphopt.targets.run_native",
+    "tests.hf_models",
+)
+
+
+@dataclass
+class State:
+    """What stages hand on; `facts` are written out beside the verdict."""
+
+    name: str
+    program: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def capture(state: State) -> None:
+    """Build the model, and its graph."""
+    import graphopt
+
+    module, inputs = ARCHITECTURES[state.name]()
+    state.program = graphopt.capture(module, inputs, name=re.sub(r"\W", "_", state.name))
+    state.facts["nodes"] = len(state.program.graph.nodes)
+
+
+def compile(state: State) -> None:
+    """Compile for this machine; the bundle is verified against PyTorch."""
+    import graphopt
+
+    with graphopt.compile(state.program, target="cpu") as bundle:
+        verification = bundle.manifest.verification
+        assert verification.passed, str(verification)
+        state.facts["max_rel_error"] = verification.max_rel_error
+
+
+STAGES: tuple[tuple[str, Callable[[State], None]], ...] = (
+    ("capture", capture),
+    ("compile", compile),
+)
+
+
+# One model, in a process of its own ----------------------------------------------------------------------------------
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return text if hasattr(error, "code") else f"{type(error).__name__}: {text}"
+
+
+def _run(name: str, skipped: list[str], pipe: Connection) -> None:
+    """Send (stage, verdict) before and after each stage: None, then what came of it."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    state = State(name)
+    for stage, function in STAGES:
+        if stage in skipped:
+            continue
+        pipe.send((stage, None))
+        start = time.perf_counter()
+        verdict: dict[str, Any] = {"ok": True}
+        try:
+            function(state)
+        except Exception as error:  # whatever it is, it is a row
+            verdict = {"ok": False, "reason": _reason(error)}
+        pipe.send((stage, verdict | {"seconds": round(time.perf_counter() - start, 2)}))
+        if not verdict["ok"]:
+            break
+    pipe.send((None, state.facts))
+
+
+def measure(name: str, skipped: list[str], seconds: float) -> dict[str, Any]:
+    """One row: the facts, and per stage that was begun whether it passed, why not, and how long it took."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(name, skipped, there), daemon=True)
+    start = time.monotonic()
+    process.start()
+    there.close()
+    row: dict[str, Any] = {"model": name, "stages": {}}
+    running = "capture"
+    while True:
+        try:
+            if not here.poll(max(0.0, start + seconds - time.monotonic())):
+                process.kill()
+                row["stages"][running] = {"ok": False, "reason": f"not done within {seconds:g} s"}
+                break
+            stage, verdict = here.recv()
+        except EOFError:
+            process.join()
+            row["stages"][running] = {"ok": False, "reason": f"the process died, exit code {process.exitcode}"}
+            break
+        if stage is None:
+            row |= verdict
+            break
+        running = stage
+        if verdict is not None:
+            row["stages"][stage] = verdict
+    process.join()
+    return row | {"seconds": round(time.monotonic() - start, 2)}
+
+
+def _shown(row: dict[str, Any], stages: list[str]) -> list[str]:
+    verdicts = row["stages"]
+    marks = ["-" if s not in verdicts else "ok" if verdicts[s]["ok"] else "[red]failed[/]" for s in stages]
+    reason = next((verdict["reason"] for verdict in verdicts.values() if not verdict["ok"]), "")
+    return [row["model"], str(row.get("nodes", "")), *marks, f"{row['seconds']:.1f}", reason.replace("[", r"\[")]
+
+
+def main() -> None:
+    """Parse the command line, run, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [stage for stage, _ in STAGES]
+    parser.add_argument("model", nargs="*", help="default: all of tests/architectures.py")
+    parser.add_argument("--skip", action="append", choices=names[1:], default=[], help="leave a stage out")
+    parser.add_argument("--seconds", type=float, default=180.0, help="per model, at most (default: 180)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("reach.json"), help="default: reach.json")
+    options = parser.parse_args()
+    if unknown := [name for name in options.model if name not in ARCHITECTURES]:
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(ARCHITECTURES))}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only configurations are read
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    stages = [name for name in names if name not in options.skip]
+    console, rows = Console(), []
+    table = Table("model", "nodes", *stages, "seconds", "reason", title="reach")
+    for name in options.model or ARCHITECTURES:
+        rows.append(measure(name, options.skip, options.seconds))
+        cells = _shown(rows[-1], stages)
+        table.add_row(*cells)
+        console.print(*cells, highlight=False, soft_wrap=True)
+        report = {"machine": platform.processor() or platform.machine(), "rows": rows}
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(table)
+    for stage in stages:
+        passed = sum(row["stages"].get(stage, {}).get("ok", False) for row in rows)
+        console.print(f"{stage}: {passed} of {len(rows)}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
