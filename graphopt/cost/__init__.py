@@ -1,0 +1,23 @@
+"""What a program costs: FLOPs, multiply-adds, parameters, bytes, memory; as numbers and as functions of its axes.
+
+`summary` counts a program as it is. `cost_model` gives the same as polynomials in the extents of the axes that may be
+shrunk, so that a budget is solved without shrinking anything.
+"""
+
+from graphopt.cost.model import CostModel, ModelRow, cost_model
+from graphopt.cost.polynomial import Compiled, Polynomial, Sizes
+from graphopt.cost.table import Cost, Row, Summary, node_cost, summary
+
+__all__ = [
+    "Compiled",
+    "Cost",
+    "CostModel",
+    "ModelRow",
+    "Polynomial",
+    "Row",
+    "Sizes",
+    "Summary",
+    "cost_model",
+    "node_cost",
+    "summary",
+]
