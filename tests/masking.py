@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from graphopt.axes import Axes, Axis, find, index, results_of
-from graphopt.axes.axis import touched
+from graphopt.axes import Axes, Axis, find, index, results_of, touched
 from graphopt.exported import arguments, op_name, user_output_places
 
 _REDUCE = {"mean", "var", "std", "var_mean", "amax", "amin", "prod", "all", "logsumexp", "softmax", "_softmax",

@@ -1,12 +1,15 @@
 """Axes: einops for whole programs. Every dimension is a product or concatenation of axes that tensors share."""
 
-from graphopt.axes.axis import Axis, Keep, atoms, extent, find, index, owner, show
-from graphopt.axes.infer import ROLES, Axes, Occurrence, infer, results_of
+from graphopt.axes.axes import ROLES, Axes, Occurrence, results_of
+from graphopt.axes.axis import Axis, atoms, find, show
+from graphopt.axes.infer import infer
+from graphopt.axes.keep import Choice, Keep, extent, index, owner, touched
 
 __all__ = [
     "ROLES",
     "Axes",
     "Axis",
+    "Choice",
     "Keep",
     "Occurrence",
     "atoms",
@@ -17,4 +20,5 @@ __all__ = [
     "owner",
     "results_of",
     "show",
+    "touched",
 ]

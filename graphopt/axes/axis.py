@@ -8,11 +8,9 @@ that must agree index by index are one axis: they are unified, and a refinement 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 Kind = Literal["product", "sum"]
 
@@ -38,9 +36,6 @@ class Axis:
         return show(self)
 
 
-Keep = Mapping[Axis, Tensor]
-
-
 def find(axis: Axis) -> Axis:
     """The axis that stands for all that were unified with `axis`."""
     root = axis
@@ -64,8 +59,7 @@ def parts(axis: Axis, kind: Kind) -> list[Axis]:
             todo += part.parts[::-1]
         else:
             flat.append(part)
-    root.parts = flat
-    return list(flat)
+    return flat
 
 
 def atoms(axis: Axis) -> list[Axis]:
@@ -105,8 +99,9 @@ def pin(axis: Axis, reason: str) -> None:
     todo = [axis]
     while todo:
         root = find(todo.pop())
-        root.pinned = root.pinned or reason
-        todo += [part for part in root.parts if find(part).pinned is None]
+        if root.pinned is None:  # else all that it consists of is pinned, too
+            root.pinned = reason
+            todo += root.parts
 
 
 def unify(a: Axis, b: Axis) -> bool:
@@ -165,39 +160,65 @@ def match(xs: Sequence[Axis], ys: Sequence[Axis], kind: Kind) -> bool:
     """Make two factorisations (or segmentations) of the same extent agree, by splitting the coarser at each step.
 
     Returns:
-        False where they cannot; what is left of both is pinned then.
+        False where they cannot, from the left nor from the right; what is left of both in the middle is pinned then.
     """
-    left = [part for x in reversed(xs) for part in reversed(parts(x, kind)) if kind == "sum" or part.extent != 1]
-    right = [part for y in reversed(ys) for part in reversed(parts(y, kind)) if kind == "sum" or part.extent != 1]
+    left, right = _flat(xs, kind), _flat(ys, kind)
+    if math.prod(x.extent for x in left) == 0 and kind == "product":
+        _pin_all([*left, *right], "empty")
+        return True
+    for backwards in (False, True):
+        if _match_from(left, right, kind, backwards):
+            return True
+    _pin_all([*left, *right], "a reshape mixes axes")
+    return False
+
+
+def _flat(axes: Iterable[Axis], kind: Kind) -> deque[Axis]:
+    return deque(part for axis in axes for part in parts(axis, kind) if part.extent != (1 if kind == "product" else 0))
+
+
+def _match_from(left: deque[Axis], right: deque[Axis], kind: Kind, backwards: bool) -> bool:
+    """Match from one end for as long as it goes, taking off what matches; whether it went all the way."""
+
+    def take(side: deque[Axis]) -> Axis:
+        return find(side.pop() if backwards else side.popleft())
+
+    def put(side: deque[Axis], axes: list[Axis]) -> None:
+        if backwards:
+            side.extend(axes)
+        else:
+            side.extendleft(axes[::-1])
+
     while left and right:
-        x, y = find(left.pop()), find(right.pop())
+        x, y = take(left), take(right)
         if x.kind == kind or y.kind == kind:  # refined since it was listed
-            left += parts(x, kind)[::-1]
-            right += parts(y, kind)[::-1]
+            put(left, parts(x, kind))
+            put(right, parts(y, kind))
             continue
         if x.extent == y.extent:
             if not unify(x, y):
-                _pin_all([*left, *right], "a reshape mixes axes")
                 return False
             continue
         if x.extent < y.extent:
             x, y, left, right = y, x, right, left
-        rest = _split(x, y, kind)
+        rest = _split(x, y, kind, backwards)
         if rest is None:
-            _pin_all([x, y, *left, *right], "a reshape mixes axes")
+            put(left, [x])
+            put(right, [y])
             return False
-        left.append(rest)
+        put(left, [rest])
     return True
 
 
-def _split(x: Axis, y: Axis, kind: Kind) -> Axis | None:
-    """Refine `x` so that it starts with the smaller `y`, and give what follows; None where it cannot be."""
+def _split(x: Axis, y: Axis, kind: Kind, backwards: bool) -> Axis | None:
+    """Refine `x` so that it starts (ends) with the smaller `y`, and give the rest; None where it cannot be."""
     if kind == "product" and x.extent % y.extent:
         return None
     rest = Axis(x.extent // y.extent if kind == "product" else x.extent - y.extent)
+    halves = [rest, y] if backwards else [y, rest]
     if x.kind is not None:
-        return rest if unify(x, _composite(kind, [y, rest])) else None
-    x.kind, x.parts = kind, [y, rest]
+        return rest if unify(x, _composite(kind, halves)) else None
+    x.kind, x.parts = kind, halves
     if x.pinned:
         pin(y, x.pinned)
         pin(rest, x.pinned)
@@ -215,61 +236,4 @@ def show(axis: Axis) -> str:
     if axis.kind is None:
         mark = "!" if axis.pinned and axis.extent != 1 else ""
         return f"{mark}{axis.label}={axis.extent}" if axis.label else f"{mark}{axis.extent}"
-    return "(" + (" " if axis.kind == "product" else " + ").join(map(show, axis.parts)) + ")"
-
-
-# A keep set -----------------------------------------------------------------------------------------------------------
-
-
-def extent(axis: Axis, keep: Keep) -> int:
-    """How long `axis` is when only the kept indices of its atoms (and of named composites) stay."""
-    axis = find(axis)
-    if axis in keep:
-        return len(keep[axis])
-    if axis.kind is None:
-        return axis.extent
-    extents = [extent(part, keep) for part in axis.parts]
-    return math.prod(extents) if axis.kind == "product" else sum(extents)
-
-
-def index(axis: Axis, keep: Keep) -> Tensor:
-    """The indices of `axis` that stay, int64, in their new order."""
-    axis = find(axis)
-    if axis in keep:
-        return keep[axis]
-    if axis.kind is None:
-        return torch.arange(axis.extent)
-    if axis.kind == "sum":
-        pieces, offset = [], 0
-        for part in axis.parts:
-            pieces.append(index(part, keep) + offset)
-            offset += part.extent
-        return torch.cat(pieces)
-    indices = torch.zeros(1, dtype=torch.long)
-    for part in axis.parts:
-        indices = (indices[:, None] * part.extent + index(part, keep)[None, :]).reshape(-1)
-    return indices
-
-
-def owner(axis: Axis, atom: Axis) -> Tensor:
-    """For each index of `axis` the index of `atom` that it belongs to, -1 where to none; int64, (extent,).
-
-    Of an atom that occurs several times in one product the first occurrence counts.
-    """
-    axis, atom = find(axis), find(atom)
-    if axis is atom:
-        return torch.arange(atom.extent)
-    if axis.kind == "sum":
-        return torch.cat([owner(part, atom) for part in axis.parts])
-    indices, found = torch.full((1,), -1), False
-    for part in axis.parts:
-        own = owner(part, atom) if not found else torch.full((part.extent,), -1)
-        found = found or bool((own >= 0).any())
-        indices = torch.where(own[None, :] >= 0, own[None, :], indices[:, None]).reshape(-1)
-    return indices if axis.kind is not None else torch.full((axis.extent,), -1)
-
-
-def touched(axis: Axis, keep: Keep) -> bool:
-    """Whether `keep` says anything about `axis` or what it consists of."""
-    axis = find(axis)
-    return axis in keep or any(touched(part, keep) for part in axis.parts)
+    return "(" + (" " if axis.kind == "product" else " + ").join(map(show, parts(axis, axis.kind))) + ")"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.axes import axis as ax
+from graphopt.axes import keep as kp
 from graphopt.axes.axis import Axis
 
 if TYPE_CHECKING:
@@ -75,7 +76,13 @@ class Call:
         """The axes of a tensor argument; of a number none, as of a tensor without dimensions."""
         if not isinstance(value, Node):
             return []
+        if value not in self._inference.dims:
+            raise GaveUp(f"{value.name} is no tensor")
         return list(self._inference.dims[value])
+
+    def constant(self, value: Any) -> Tensor | None:
+        """The stored tensor that an argument is, where it is the same in every run; None for anything else."""
+        return self._inference.constants.get(value) if isinstance(value, Node) else None
 
     def dim(self, name: str, rank: int) -> int:
         """A literal argument that names a dimension, made non-negative."""
@@ -166,9 +173,13 @@ class Call:
         self._inference.notes.append((axis, role, self.node))
 
     def contracted(self, tensor: Any, place: int) -> None:
-        """The operator sums products over dimension `place` of a tensor argument."""
+        """The operator sums (products) over dimension `place` of a tensor argument."""
         if isinstance(tensor, Node):
-            self._inference.contracted.add((tensor, place))
+            self._inference.sums.setdefault(self.node, []).append((tensor, place))
+
+    def pinned_axis(self, size: int, reason: str) -> Axis:
+        """A new axis that must not shrink."""
+        return self.fresh([size], pin=reason)[0]
 
     # Signatures -----------------------------------------------------------------------------------------------------
 
@@ -271,16 +282,19 @@ class _Applied:
 
 
 class Offset:
-    """A literal: how many items of `axis` in front of item `start` stay. Worked out late, when all is refined."""
+    """A literal: how many items of `axis` in front of item `start` stay. Worked out late, when all is refined.
+
+    Of several items of one extent, such as those of a Choice, as many stay in each; the first stands for all.
+    """
 
     def __init__(self, axis: Axis, start: int) -> None:
         self.axis, self.start = axis, start
 
-    def under(self, keep: ax.Keep) -> int:
+    def under(self, keep: kp.Keep) -> int:
         """The offset when only `keep` stays."""
-        if not ax.touched(self.axis, keep):
+        if not kp.touched(self.axis, keep):
             return self.start
-        return int((ax.index(self.axis, keep) < self.start).sum())
+        return int((kp.index(self.axis, keep) < self.start).sum())
 
 
 Rule = Callable[[Call], Any]
@@ -299,10 +313,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def extent_of(value: Literal, keep: ax.Keep) -> Any:
+def extent_of(value: Literal, keep: kp.Keep) -> Any:
     """What a literal becomes under `keep`; see Literal."""
     if isinstance(value, Axis):
-        return ax.extent(value, keep)
+        return kp.extent(value, keep)
     if isinstance(value, list):
         return [extent_of(item, keep) for item in value]
     if isinstance(value, Offset):

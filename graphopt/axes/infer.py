@@ -12,17 +12,15 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
 from graphopt.axes import axis as ax
 from graphopt.axes import rules_math, rules_select, rules_shape  # noqa: F401 (they register their rules)
+from graphopt.axes.axes import LETTERS, ROLES, Axes, is_pointwise, operator_of, results_of
 from graphopt.axes.axis import Axis
 from graphopt.axes.call import RULES, Call, GaveUp
 from graphopt.axes.table import SIGNATURES
@@ -31,124 +29,7 @@ from graphopt.exported import STORED, op_name
 from graphopt.place import place
 from graphopt.program import Program
 
-# From the most telling to the least: an axis that is a head to one operator and a neuron to another is a head.
-ROLES = ("expert", "head", "query_group", "head_dim", "channel", "embedding", "neuron", "token")
-_LETTERS = {
-    "expert": "x", "head": "h", "query_group": "g", "head_dim": "d", "channel": "c", "embedding": "e", "neuron": "n",
-    "token": "t",
-}  # fmt: skip
 _NO_TENSOR = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
-
-
-@dataclass(frozen=True)
-class Occurrence:
-    """Where an atom is part of a dimension: `node`'s result (the `result`th, where it has several), dimension `dim`."""
-
-    node: Node
-    result: int
-    dim: int
-
-
-@dataclass(frozen=True, eq=False)
-class Axes:
-    """The axes of a program.
-
-    `dims[node]` are the axes of a node's dimensions; a list of such lists where it has several results. `unknown` lists
-    the calls that no rule covers, whose axes are pinned. `literals` and `targets` are what `shrink` rewrites.
-    """
-
-    program: Program
-    dims: Mapping[Node, Any]
-    unknown: tuple[Decline, ...]
-    literals: Mapping[Node, Mapping[str, Any]]
-    targets: Mapping[Node, Any]
-    contracted: frozenset[tuple[Node, int]]
-    roles: Mapping[Axis, str]
-    statistics: Mapping[Axis, tuple[str, ...]]
-    _places: dict[Axis, tuple[str, int]] = field(default_factory=dict)
-
-    @cached_property
-    def occurrences(self) -> dict[Axis, list[Occurrence]]:
-        """Every atom, in order of first occurrence, and where it occurs."""
-        found: dict[Axis, list[Occurrence]] = {}
-        for node, dims in self.dims.items():
-            for result, own in enumerate(results_of(dims)):
-                for dim, axis in enumerate(own):
-                    for atom in dict.fromkeys(ax.atoms(axis)):
-                        found.setdefault(atom, []).append(Occurrence(node, result, dim))
-        return found
-
-    @cached_property
-    def atoms(self) -> tuple[Axis, ...]:
-        """All atoms of an extent above 1, in order of first occurrence."""
-        return tuple(atom for atom in self.occurrences if atom.extent > 1)
-
-    def free(self, *roles: str) -> tuple[Axis, ...]:
-        """The atoms that may be shrunk and that occur in a stored tensor; of these roles, if any are given."""
-        return tuple(
-            atom
-            for atom in self.atoms
-            if atom.pinned is None
-            and (not roles or self.role(atom) in roles)
-            and any(self.is_stored(o.node) for o in self.occurrences[atom])
-        )
-
-    def role(self, axis: Axis) -> str:
-        """What an atom is: one of ROLES, or "" where no operator says."""
-        return self.roles.get(ax.find(axis), "")
-
-    def is_stored(self, node: Node) -> bool:
-        """Whether a node stands for a tensor that belongs to the program."""
-        return node.name in self._stored
-
-    @cached_property
-    def _stored(self) -> frozenset[str]:
-        return frozenset(self.program.tensors)
-
-    def stored_in(self, axis: Axis) -> list[tuple[str, int, bool]]:
-        """The stored tensors with an atom: placeholder name, dimension, and whether that dimension is summed over."""
-        return [
-            (o.node.name, o.dim, (o.node, o.dim) in self.contracted)
-            for o in self.occurrences.get(ax.find(axis), [])
-            if self.is_stored(o.node)
-        ]
-
-    def where(self, axis: Axis) -> str:
-        """The first stored tensor that has an atom, in the user's names, such as `layer1.0.conv1.weight[0]`."""
-        names = {s.arg.name: s.target for s in self.program.exported.graph_signature.input_specs}
-        own = self.stored_in(axis)
-        produced = [item for item in own if not item[2]] or own
-        if not produced:
-            occurrences = self.occurrences.get(ax.find(axis), [])
-            return place(occurrences[0].node) if occurrences else ax.show(axis)
-        name, dim, _ = produced[0]
-        return f"{names.get(name) or name}[{dim}]"
-
-    def __getitem__(self, label: str) -> Axis:
-        """The atom with a label such as "c3". Raises KeyError."""
-        return self._labels[label]
-
-    @cached_property
-    def _labels(self) -> dict[str, Axis]:
-        return {atom.label: atom for atom in self.atoms}
-
-    def __str__(self) -> str:
-        return "\n".join(self.listing())
-
-    def listing(self) -> list[str]:
-        """One line per node: its name, operator and the axes of its result."""
-        lines = []
-        targets = {s.arg.name: s.target for s in self.program.exported.graph_signature.input_specs}
-        for node, dims in self.dims.items():
-            shown = ["[" + ", ".join(map(ax.show, own)) + "]" for own in results_of(dims)]
-            kind = op_name(node) if node.op == "call_function" else str(targets.get(node.name) or "input")
-            lines.append(f"{node.name:32} {kind:28} {' '.join(shown)}")
-        return lines
-
-
-def results_of(dims: Any) -> list[list[Axis]]:
-    """The dimensions of each result of a node, from what `Axes.dims` has for it."""
-    return dims if dims and isinstance(dims[0], list) else [dims]
 
 
 def infer(program: Program) -> Axes:
@@ -169,12 +50,16 @@ class Inference:
         self.literals: dict[Node, dict[str, Any]] = {}
         self.targets: dict[Node, Any] = {}
         self.notes: list[tuple[Axis, str, Node]] = []
-        self.contracted: set[tuple[Node, int]] = set()
+        self.sums: dict[Node, list[tuple[Node, int]]] = {}
         self.unknown: list[Decline] = []
+        self.constants = _constants(program)
+        self._where: dict[Node, str] = {}
 
     def where(self, node: Node) -> str:
         """A node's place in the user's names."""
-        return place(node)
+        if node not in self._where:
+            self._where[node] = place(node)
+        return self._where[node]
 
     def run(self) -> Axes:
         """Visit every node, then pin what the program takes and gives."""
@@ -195,7 +80,7 @@ class Inference:
             unknown=tuple(self.unknown),
             literals=self.literals,
             targets=self.targets,
-            contracted=frozenset(self.contracted),
+            sums={node: tuple(operands) for node, operands in self.sums.items()},
             roles=roles,
             statistics=statistics,
         )
@@ -205,7 +90,7 @@ class Inference:
             source, item = node.args
             self.dims[node] = results_of(self.dims[source])[item]  # type: ignore[index]
             return
-        name = _name(node)
+        name = operator_of(node)
         if name in _NO_TENSOR:
             return
         call = Call(node, self)
@@ -215,7 +100,7 @@ class Inference:
             elif name in SIGNATURES:
                 dims = call.apply(SIGNATURES[name])
             elif is_pointwise(node):
-                dims = call.broadcast([call.dims(tensor) for tensor in call.tensors], call.shape)
+                dims = pointwise(call)
             else:
                 raise GaveUp("no rule for this operator")
         except GaveUp as reason:
@@ -260,7 +145,7 @@ class Inference:
     def note_attention(self) -> None:
         """Where attention is written out, matmul - softmax - matmul, say what its axes are."""
         for node in self.program.graph.nodes:
-            if node.op != "call_function" or _name(node) not in _SOFTMAX or node not in self.dims:
+            if node.op != "call_function" or operator_of(node) not in _SOFTMAX or node not in self.dims:
                 continue
             scores = results_of(self.dims[node])[0]
             before = _through(node, lambda n: n.all_input_nodes[:1])
@@ -302,14 +187,19 @@ class Inference:
     def label(self, roles: Mapping[Axis, str]) -> None:
         """Name the atoms in order of first occurrence by their roles: c0, c1, h0, ..."""
         counts: Counter[str] = Counter()
+        done: set[Axis] = set()
         for dims in self.dims.values():
-            for own in results_of(dims):
-                for axis in own:
-                    for atom in ax.atoms(axis):
-                        if not atom.label and atom.extent != 1:
-                            letter = _LETTERS.get(roles.get(atom, ""), "a")
-                            atom.label = f"{letter}{counts[letter]}"
-                            counts[letter] += 1
+            todo = [axis for own in reversed(results_of(dims)) for axis in reversed(own)]
+            while todo:
+                axis = ax.find(todo.pop())
+                if axis in done:
+                    continue
+                done.add(axis)
+                todo += axis.parts[::-1]
+                if axis.kind is None and axis.extent != 1:
+                    letter = LETTERS.get(roles.get(axis, ""), "a")
+                    axis.label = f"{letter}{counts[letter]}"
+                    counts[letter] += 1
 
     def resolve_notes(self) -> tuple[dict[Axis, str], dict[Axis, tuple[str, ...]]]:
         noted: dict[Axis, Counter[str]] = {}
@@ -333,8 +223,17 @@ class Inference:
         return roles, {atom: tuple(where) for atom, where in statistics.items()}
 
 
-def _name(node: Node) -> str:
-    return op_name(node).rpartition("::")[2].removeprefix("aten.").partition(".")[0]
+def _constants(program: Program) -> dict[Node, Tensor]:
+    """The stored tensors that no run of the program changes, by placeholder."""
+    outputs = program.exported.graph_signature.output_specs
+    mutated = {spec.target for spec in outputs if spec.kind is OutputKind.BUFFER_MUTATION}
+    names = {spec.arg.name: spec.target for spec in program.exported.graph_signature.input_specs}
+    tensors = program.tensors
+    return {
+        node: tensors[node.name]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in tensors and names[node.name] not in mutated
+    }
 
 
 def _through(node: Node, step: Callable[[Node], list[Node]]) -> Node | None:
@@ -344,9 +243,9 @@ def _through(node: Node, step: Callable[[Node], list[Node]]) -> Node | None:
         if len(following) != 1 or following[0].op != "call_function":
             return None
         node = following[0]
-        if _name(node) in _PRODUCTS:
+        if operator_of(node) in _PRODUCTS:
             return node if len(node.all_input_nodes) >= 2 else None
-        if not (is_pointwise(node) or _name(node) in _VIEWS):
+        if not (is_pointwise(node) or operator_of(node) in _VIEWS):
             return None
     return None
 
@@ -357,16 +256,12 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze", "permute", "transpose"})
 
 
-def is_pointwise(node: Node) -> bool:
-    """Whether each element of the result depends on the elements at the same place only."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _name(node) in _POINTWISE
-
-
-# Pointwise, though PyTorch does not tag them so.
-_POINTWISE = frozenset({
-    "clone", "contiguous", "to", "_to_copy", "type_as", "dropout", "alpha_dropout", "feature_dropout", "detach",
-    "alias", "lift_fresh", "lift_fresh_copy", "hardtanh", "prelu", "masked_fill", "where", "float_power", "copy",
-    "hardswish", "leaky_relu", "rrelu", "softplus", "threshold", "fill", "clamp_min", "clamp_max", "isclose",
-    "maximum", "minimum", "square", "relu6", "selu", "celu", "silu", "mish", "gelu", "logit", "isin", "nan_to_num",
-    "bernoulli", "rsub", "addcmul", "addcdiv", "lerp", "_conj", "real", "view_of",
-})  # fmt: skip
+def pointwise(call: Call) -> Any:
+    """All tensors are broadcast against each other."""
+    dims = call.broadcast([call.dims(tensor) for tensor in call.tensors], call.shape)
+    if not isinstance(call.node.meta["val"], (list, tuple)):
+        return dims
+    same = [shape == call.shape for shape in call.shapes]
+    return [
+        list(dims) if ok else call.fresh(shape, pin="a buffer") for ok, shape in zip(same, call.shapes, strict=True)
+    ]
