@@ -58,11 +58,11 @@ def words(count: int, *shape: int, name: str = "input_ids", seed: int = 2) -> di
 
 
 def _noise() -> dict[str, Tensor]:
-    return features(2, 4, 10, 10) | {"t": torch.tensor([3.0, 250.0]), "label": torch.tensor([1, 4])}
+    return features(7, 4, 10, 10) | {"t": torch.linspace(3, 250, 7)} | words(6, 7, name="label")
 
 
 def _sequences() -> dict[str, Tensor]:
-    return words(50, 2, 10, name="source") | words(50, 2, 7, name="target", seed=3)
+    return words(50, 5, 10, name="source") | words(50, 5, 7, name="target", seed=3)
 
 
 def _with_norms(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -86,7 +86,7 @@ def _spelled(name: str):
 
 
 def _decoder(**style):
-    return lambda: GroupedDecoder(Style(**style)), lambda: words(90, 2, 11)
+    return lambda: GroupedDecoder(Style(**style)), lambda: words(90, 5, 11)
 
 
 _ENTRIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
@@ -102,9 +102,9 @@ _ENTRIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor
     "multiplier": (Multiplier, lambda: features(1, 3, 16, 16)),
     # Other convolutions
     "transposed": (TransposedDecoder, lambda: features(2, 13, name="z")),
-    "wavenet": (WaveNet, lambda: features(2, 2, 21)),
+    "wavenet": (WaveNet, lambda: features(3, 2, 21)),
     "video": (Video, lambda: features(1, 3, 4, 16, 20)),
-    "group_norm": (GroupNormNet, lambda: features(2, 3, 16, 16)),
+    "group_norm": (GroupNormNet, lambda: features(1, 3, 16, 16)),
     "instance_norm": (InstanceNormNet, lambda: features(1, 3, 16, 16)),
     "super_resolution": (SuperResolution, lambda: features(1, 3, 12, 16)),
     # Weights and values that are used more than once
@@ -120,9 +120,9 @@ _ENTRIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor
     "mha_chunk": _spelled("chunk"),
     "mha_module": (ModuleAttention, lambda: features(2, 13, 9)),
     # Images
-    "deit_distilled": (DistilledVit, lambda: features(2, 3, 40, 40)),
-    "mvit": (MultiscaleVit, lambda: features(2, 3, 32, 32)),
-    "hiera": (Hiera, lambda: features(2, 3, 24, 24)),
+    "deit_distilled": (DistilledVit, lambda: features(4, 3, 40, 40)),
+    "mvit": (MultiscaleVit, lambda: features(5, 3, 32, 32)),
+    "hiera": (Hiera, lambda: features(5, 3, 24, 24)),
     "dit": (Dit, _noise),
     # Two sequences
     "t5": (EncoderDecoder, _sequences),
@@ -137,12 +137,12 @@ _ENTRIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor
     "mqa": _decoder(attention="einsum", groups=1, fused=True, tied=True),
     # Recurrence, scans, experts
     "raft": (Raft, lambda: features(1, 3, 24, 24, name="first") | features(1, 3, 24, 24, name="second", seed=3)),
-    "lstm": (Lstm, lambda: features(2, 6, 5)),
-    "gru": (Gru, lambda: features(6, 2, 5)),
-    "elman": (Elman, lambda: features(2, 6, 5)),
-    "moe_dense": (lambda: Mixture(gather=False), lambda: features(2, 6, 9)),
-    "moe_gather": (lambda: Mixture(gather=True), lambda: features(2, 6, 9)),
-    "mamba": (Mamba, lambda: words(40, 2, 9)),
+    "lstm": (Lstm, lambda: features(3, 6, 5)),
+    "gru": (Gru, lambda: features(6, 3, 5)),
+    "elman": (Elman, lambda: features(3, 6, 5)),
+    "moe_dense": (lambda: Mixture(gather=False), lambda: features(4, 6, 9)),
+    "moe_gather": (lambda: Mixture(gather=True), lambda: features(4, 6, 9)),
+    "mamba": (Mamba, lambda: words(40, 5, 9)),
 }
 
 HARD: dict[str, Callable[[], Built]] = table({name: (_with_norms(make), xs) for name, (make, xs) in _ENTRIES.items()})

@@ -13,7 +13,7 @@ LOADERS = {"cnn": digits.load_cnn, "vit": digits.load_vit}
 
 @pytest.mark.parametrize(("name", "least"), [("cnn", 0.98), ("vit", 0.95)])
 def test_held_out_accuracy(name: str, least: float) -> None:
-    """On images that training never saw, each is as good as stated; one image may turn with the processor's rounding."""
+    """On images that training never saw, each is as good as stated; rounding on another processor may turn one."""
     stated = digits.RIGHT[name]
     assert stated >= least * digits.HELD_OUT
     assert abs(round(digits.accuracy(LOADERS[name]()) * digits.HELD_OUT) - stated) <= 1
