@@ -30,6 +30,7 @@ class Edit:
     """
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         self.exported = copy_exported(program.exported)
         self.graph = self.exported.graph
         self.changed: Counter[str] = Counter()

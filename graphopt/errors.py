@@ -370,6 +370,14 @@ class UnknownRival(GraphoptError):
     hint = "known are: {known}"
 
 
+class BudgetUnreachable(GraphoptError):
+    """Every free axis is as short as it may be, and the budget is still not met."""
+
+    code = "budget-unreachable"
+    message = "{file}: --{kind} {asked} cannot be met; the least reachable is {least}"
+    hint = "ask for {least}, or see what is held back with `graphopt inspect MODEL --pinned`"
+
+
 class CannotShrink(GraphoptError):
     """An axis that must not shrink, or indices that it does not have."""
 

@@ -16,6 +16,8 @@ PASSES: dict[str, str] = {
         "graphopt.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
     ),
     "eliminate-dead-code": "graphopt.passes.eliminate_dead_code:EliminateDeadCode",
+    "factor-low-rank": "graphopt.passes.factor_low_rank:FactorLowRank",
+    "merge-factors": "graphopt.passes.merge_factors:MergeFactors",
 }
 
 # Lossless, and on by default. Read from top to bottom.

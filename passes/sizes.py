@@ -1,0 +1,38 @@
+"""How large a program is in the quantity that a budget is about."""
+
+from __future__ import annotations
+
+import math
+
+from graphopt.budget import Budget
+from graphopt.cost import summary
+from graphopt.errors import BadOption, BudgetUnreachable
+from graphopt.program import Program
+
+COUNTED = ("flops", "macs", "params", "bytes")
+
+
+def amount(program: Program, kind: str) -> float:
+    """FLOPs, multiply-adds, parameters (elements) or bytes of stored tensors; what shapes alone tell.
+
+    Raises:
+        BadOption: a budget of latency, which has to be measured.
+    """
+    if kind not in COUNTED:
+        raise BadOption(
+            what=f"a budget of {kind} is not for this pass", way_out=f"give one of {', '.join(COUNTED)} instead"
+        )
+    found = summary(program)
+    return float(found.stored_bytes if kind == "bytes" else getattr(found.total, kind))
+
+
+def limit(program: Program, budget: Budget) -> float:
+    """The most of `budget.kind` that the program may have. Raises as `amount`."""
+    whole = amount(program, budget.kind)
+    return budget.amount if budget.absolute else budget.amount * whole
+
+
+def unreachable(name: str, budget: Budget, least: float, whole: float) -> BudgetUnreachable:
+    """The error for a program that cannot have less than `least` of the `whole` that it has."""
+    reachable = least if budget.absolute else math.ceil(least / whole * 1e3) / 1e3
+    return BudgetUnreachable(file=name, kind=budget.kind, asked=f"{budget.amount:g}", least=f"{reachable:g}")
