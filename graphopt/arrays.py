@@ -7,12 +7,15 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graphopt.errors import BadSample, SampleNotFound, WrongInputs
 from graphopt.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Note = Callable[[str], None]
@@ -36,6 +39,16 @@ def to_numpy(value: Any) -> Array:
             return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
         return tensor.numpy()
     return np.asarray(value)
+
+
+def to_torch(array: Array, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of its own with the array's values; the inverse of `to_numpy`."""
+    import torch
+
+    copied = np.array(array, order="C")
+    if dtype == torch.bfloat16 and copied.dtype == numpy_dtype("bfloat16"):
+        return torch.from_numpy(copied.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(copied).to(dtype)
 
 
 def fit_inputs(
@@ -65,7 +78,7 @@ def fit_inputs(
             raise wrong(f"{spec.name} has shape {list(array.shape)}, wants {list(spec.shape)}")
         want = numpy_dtype(spec.dtype)
         if array.dtype != want:
-            if not _is_safe(array.dtype, want):
+            if not is_safe(array.dtype, want):
                 raise wrong(f"{spec.name} is {array.dtype}, wants {spec.dtype}; converting would lose values")
             if note is not None:
                 note(f"{spec.name}: {array.dtype} converted to {spec.dtype}, which keeps every value")
@@ -74,7 +87,8 @@ def fit_inputs(
     return arrays
 
 
-def _is_safe(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
+def is_safe(have: np.dtype[Any], want: np.dtype[Any]) -> bool:
+    """Whether every value of the one dtype is one of the other's."""
     if have.kind not in "biufV" or want.kind not in "biufV":
         return False
     return bool(np.can_cast(have, want, casting="safe"))
@@ -111,46 +125,3 @@ def _read(file: Path) -> Array | dict[str, Array]:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadSample(file=file, what=f"is truncated or damaged: {reason}") from error
     raise BadSample(file=file, what="is empty" if not head else "is not a .npy or .npz file")
-
-
-def samples_in(file: str | os.PathLike[str], specs: Sequence[TensorSpec]) -> list[dict[str, Array]]:
-    """Calibration samples from a .npz: per input one array of its shape, or of samples of it stacked on a leading
-    dimension, or of a longer batch, which is cut.
-
-    Raises:
-        BadSample: a name or shape does not fit, or the file is damaged.
-        SampleNotFound: it is missing or may not be read.
-    """
-    content = read_arrays(file)
-    if not isinstance(content, dict):
-        if len(specs) != 1:
-            raise BadSample(file=file, what=f"holds one array, and the model has {len(specs)} inputs")
-        content = {specs[0].name: content}
-    if missing := [spec.name for spec in specs if spec.name not in content]:
-        raise BadSample(file=file, what=f"has no array {', '.join(missing)}; it has {', '.join(content) or 'none'}")
-    columns = {spec.name: _cut(file, spec, content[spec.name]) for spec in specs}
-    counts = {name: len(column) for name, column in columns.items()}
-    if len(set(counts.values())) > 1:
-        raise BadSample(file=file, what=f"has different numbers of samples: {counts}")
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if specs and not rows:
-        raise BadSample(file=file, what="has no samples")
-    return rows
-
-
-def _cut(file: str | os.PathLike[str], spec: TensorSpec, array: Array) -> list[Array]:
-    if not _is_safe(array.dtype, numpy_dtype(spec.dtype)):
-        raise BadSample(file=file, what=f"{spec.name} is {array.dtype}, the model takes {spec.dtype}")
-    array = array.astype(numpy_dtype(spec.dtype), copy=False)
-    if array.shape == spec.shape:
-        return [array]
-    if array.ndim == len(spec.shape) + 1 and array.shape[1:] == spec.shape:
-        return list(array)
-    if spec.shape and array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:]:
-        batch = spec.shape[0]
-        if len(array) >= batch:
-            return [array[start : start + batch] for start in range(0, len(array) - batch + 1, batch)]
-    what = (
-        f"{spec.name} has shape {list(array.shape)}; wanted {list(spec.shape)}, or that with samples stacked in front"
-    )
-    raise BadSample(file=file, what=what)

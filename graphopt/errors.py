@@ -345,6 +345,28 @@ class BadSample(GraphoptError):
     hint = "write it with numpy: numpy.save('x.npy', x), or numpy.savez('samples.npz', x=x) with the inputs' names"
 
 
+class BadCalibration(GraphoptError):
+    """Calibration data from Python that cannot be used: what a function or an iterable gave."""
+
+    code = "bad-calibration"
+    message = "{source}: {what}"
+    hint = (
+        "give tensors, tuples of them in the order of the inputs, dicts by name, or pairs of these and labels; "
+        "the inputs are {expected}"
+    )
+
+
+class BadLabels(GraphoptError):
+    """The labels of the calibration data cannot be compared with the model's output."""
+
+    code = "bad-labels"
+    message = "{source}: {what}"
+    hint = (
+        "labels are class numbers, one for each sample or position of the output {output}, or numbers of its shape; "
+        "without labels the model's own outputs are used"
+    )
+
+
 class SampleNotFound(GraphoptError):
     """A file with input or calibration arrays is missing or may not be read."""
 
@@ -368,14 +390,6 @@ class UnknownRival(GraphoptError):
     code = "unknown-rival"
     message = "--against {rival}: there is no such engine to compare with{near}"
     hint = "known are: {known}"
-
-
-class BudgetUnreachable(GraphoptError):
-    """Every free axis is as short as it may be, and the budget is still not met."""
-
-    code = "budget-unreachable"
-    message = "{file}: --{kind} {asked} cannot be met; the least reachable is {least}"
-    hint = "ask for {least}, or see what is held back with `graphopt inspect MODEL --pinned`"
 
 
 class CannotShrink(GraphoptError):

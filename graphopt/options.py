@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ class Options:
     model_factory: str | None = None
     unsafe_load: bool = False
     name: str | None = None
-    calibration: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None
+    calibration: Any = None  # as graphopt.calibration.calibration takes it
     verify: bool = True
     canonicalise: bool = True
     dump_dir: str | os.PathLike[str] | None = None

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.arrays import fit_inputs, samples_in
 from graphopt.bundle import Bundle, keep_while, load, new_bundle, open_runner, seal
+from graphopt.calibration import Calibration, Source, calibration
 from graphopt.capture import capture
 from graphopt.cost import summary
 from graphopt.errors import BadOption, CannotWrite, ToolMissing
@@ -65,7 +65,7 @@ def compile(
     example_inputs: Any = None,
     output: str | os.PathLike[str] | None = None,
     verify: bool = True,
-    calibration: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None = None,
+    calibration: Source = None,
     dump_dir: str | os.PathLike[str] | None = None,
     canonicalise: bool = True,
     name: str | None = None,
@@ -83,7 +83,8 @@ def compile(
         output: where to write. The suffixes .so, .a and .wasm give a library with what belongs to it beside, any other
             name a bundle folder. None: a temporary bundle that goes when it is no longer used.
         verify: run what was compiled and compare it with PyTorch.
-        calibration: inputs to check on, as a .npz file or dicts of arrays by name; the example inputs where None.
+        calibration: inputs to check on: a .npz file, an iterable of tensors, or "package.module:function", which gives
+            one; `graphopt.calibration.calibration` has more. The example inputs where None.
         dump_dir: a folder for the program's text after every phase.
         canonicalise: run the lossless passes first.
         name: the prefix of C symbols and file names; by default the program's.
@@ -230,14 +231,8 @@ def _captured(source: Any, options: Options) -> Program:
     )
 
 
-def _calibration(program: Program, options: Options) -> Sequence[Mapping[str, Any]] | None:
-    given = options.calibration
-    if isinstance(given, str | os.PathLike):
-        return samples_in(given, program.inputs)
-    if given is None:
-        return None
-    rows = [fit_inputs(program.name, program.inputs, row) for row in given]
-    return [{spec.name: array for spec, array in zip(program.inputs, row, strict=True)} for row in rows]
+def _calibration(program: Program, options: Options) -> Calibration | None:
+    return None if options.calibration is None else calibration(options.calibration, program)
 
 
 def _canonicalised(program: Program, options: Options, dump: Dump, step: Progress) -> Program:

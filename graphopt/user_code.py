@@ -8,15 +8,23 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import BadModelFactory, ClassMissing, ImportFailed, ModuleMissing, UnregisteredClass
+from graphopt.errors import (
+    BadModelFactory,
+    ClassMissing,
+    GraphoptError,
+    ImportFailed,
+    ModuleMissing,
+    UnregisteredClass,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _NO_ATTRIBUTE = re.compile(r"Can't get attribute '(?P<name>[^']+)' on <module '(?P<module>[^']+)'")
 
 
@@ -44,6 +52,11 @@ def import_modules(names: Iterable[str]) -> None:
             raise ImportFailed(module=name, reason=f"{type(error).__name__}: {error}") from error
 
 
+def names_function(text: str) -> bool:
+    """Whether a text is of the form package.module:function."""
+    return _FUNCTION.fullmatch(text) is not None
+
+
 def build(factory: str) -> nn.Module:
     """The module that "package.module:function" builds.
 
@@ -53,18 +66,36 @@ def build(factory: str) -> nn.Module:
     """
     from torch import nn
 
-    module_name, _, function = factory.partition(":")
-    if not module_name or not function:
-        raise BadModelFactory(factory=factory, reason="is not of the form package.module:function")
-    try:
-        module = getattr(importlib.import_module(module_name), function)()
-    except ModuleNotFoundError as error:
-        raise module_missing(f"--model {factory}", error) from error
-    except Exception as error:  # the user's own code runs here
-        raise BadModelFactory(factory=factory, reason=f"{type(error).__name__}: {error}") from error
+    def refuse(reason: str) -> BadModelFactory:
+        return BadModelFactory(factory=factory, reason=reason)
+
+    module = call(factory, f"--model {factory}", refuse)
     if not isinstance(module, nn.Module):
-        raise BadModelFactory(factory=factory, reason=f"gave a {type(module).__name__}, not an nn.Module")
+        raise refuse(f"gave a {type(module).__name__}, not an nn.Module")
     return module
+
+
+def call(text: str, what: str, refuse: Callable[[str], GraphoptError]) -> Any:
+    """What "package.module:function" returns, called without arguments.
+
+    Args:
+        text: names the function.
+        what: needs it, for the error where the module is missing.
+        refuse: makes the error for anything else.
+
+    Raises:
+        ModuleMissing: there is no such module, or it needs one that is not there.
+        GraphoptError: what `refuse` made.
+    """
+    if not names_function(text):
+        raise refuse("is not of the form package.module:function")
+    module, _, function = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except ModuleNotFoundError as error:
+        raise module_missing(what, error) from error
+    except Exception as error:  # the user's own code runs here
+        raise refuse(f"{type(error).__name__}: {error}") from error
 
 
 def module_missing(what: object, error: ModuleNotFoundError) -> ModuleMissing:

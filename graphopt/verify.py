@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.arrays import Array, to_numpy
+from graphopt.arrays import Array, to_numpy, to_torch
 from graphopt.errors import VerificationFailed
 from graphopt.manifest import Verification
 from graphopt.program import Program
@@ -150,19 +150,10 @@ def _reference(program: Program, inputs: Mapping[str, Array]) -> dict[str, Array
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        outputs = program.run({spec.name: _tensor(inputs[spec.name], spec.torch_dtype) for spec in program.inputs})
+        outputs = program.run({spec.name: to_torch(inputs[spec.name], spec.torch_dtype) for spec in program.inputs})
     finally:
         torch.set_num_threads(threads)
     return {name: to_numpy(tensor) for name, tensor in outputs.items()}
-
-
-def _tensor(array: Array, dtype: Any) -> Any:
-    import torch
-
-    copied = np.array(array, order="C")
-    if dtype == torch.bfloat16 and copied.dtype.itemsize == 2 and copied.dtype.kind not in "fiu":
-        return torch.from_numpy(copied.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(copied).to(dtype)
 
 
 def compare(got: Array, want: Array, tolerance: Tolerance, worst: _Worst | None = None) -> dict[str, Any] | None:

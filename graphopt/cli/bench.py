@@ -86,12 +86,13 @@ def bench(
 
 
 def _inputs(bundle: Bundle, program: Program | None, file: str | None) -> dict[str, Any]:
-    from graphopt.arrays import samples_in, to_numpy
+    from graphopt.arrays import to_numpy
     from graphopt.capture import seeded
+    from graphopt.samples import samples_in
 
     specs = bundle.manifest.inputs
     if file is not None:
-        return samples_in(file, specs)[0]
+        return next((dict(row.inputs) for row in samples_in(file, specs)), {})
     examples = program.example_inputs if program is not None and program.inputs == specs else None
     if examples is not None:
         return {name: to_numpy(tensor) for name, tensor in examples.items()}

@@ -49,7 +49,12 @@ def compile(
     factory: Factory = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name. [default: the file's]")] = None,
     calib: Annotated[
-        str | None, typer.Option("--calib", metavar="FILE.npz", help="Inputs by name, to check the bundle on.")
+        str | None,
+        typer.Option(
+            "--calib",
+            metavar="FILE.npz|MODULE:FUNCTION",
+            help="Inputs to check the bundle on: arrays by name, or a function of yours that gives some.",
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run what was compiled and compare it with PyTorch.")
@@ -87,8 +92,9 @@ def compile(
     check_output(options)  # before the seconds that importing PyTorch takes
     with out.working("importing PyTorch"):
         from graphopt.pipeline import build, plan
+        from graphopt.user_code import names_function
 
-        user_code(imports, needed=bool(factory) or unsafe_load)
+        user_code(imports, needed=bool(factory) or unsafe_load or names_function(calib or ""))
         options = replace(options, input_shapes=input_shapes(input_shape))
     with out.working("reading the model"):
         if dry_run:
