@@ -392,9 +392,33 @@ class UnknownRival(GraphoptError):
     hint = "known are: {known}"
 
 
+class BudgetUnreachable(GraphoptError):
+    """Every free axis is as short as it may be, and the budget is still not met."""
+
+    code = "budget-unreachable"
+    message = "{file}: --{kind} {asked} cannot be met; the least reachable is {least}"
+    hint = "ask for {least}, or see what is held back with `graphopt inspect MODEL --pinned`"
+
+
 class CannotShrink(GraphoptError):
     """An axis that must not shrink, or indices that it does not have."""
 
     code = "cannot-shrink"
     message = "axis {axis} cannot be shrunk so: {reason}"
     hint = "`graphopt inspect --axes` lists the axes, and why some are pinned"
+
+
+class UnknownPass(GraphoptError):
+    """A recipe or --pass names a pass that there is not."""
+
+    code = "unknown-pass"
+    message = "{name}: there is no such pass{near}"
+    hint = "`graphopt passes` lists them"
+
+
+class BadRecipe(GraphoptError):
+    """What passes shall do is not said in a way that they understand."""
+
+    code = "bad-recipe"
+    message = "{what}: {reason}"
+    hint = "{way_out}"
