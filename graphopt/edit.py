@@ -35,6 +35,7 @@ class Edit:
         self.graph = self.exported.graph
         self.changed: Counter[str] = Counter()
         self.declined: list[Decline] = []
+        self.details: list[dict[str, Any]] = []
         signature = self.exported.graph_signature
         self._specs = {spec.arg.name: spec for spec in signature.input_specs}
         mutated = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}

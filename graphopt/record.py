@@ -16,7 +16,8 @@ class Record:
     `changed` counts what was done, by kind ({"conv + batch_norm": 20}); the sizes are totals of the whole program:
     FLOPs (two per multiply-add), parameters in elements, bytes of parameters and constants. `max_abs_error` is the
     largest absolute difference of any output on the example inputs, before to after; None where that was not checked.
-    `seconds` differs from run to run, so it is not part of what is compared or written.
+    `details` are rows of a table for `--explain`, plain JSON values by heading: for a reduction one for each axis that
+    was cut. `seconds` differs from run to run, so it is not part of what is compared or written.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Record:
     bytes_before: int = 0
     bytes_after: int = 0
     max_abs_error: float | None = None
+    details: tuple[Mapping[str, Any], ...] = ()
     seconds: float = field(default=0.0, compare=False)
 
     @property
@@ -39,6 +41,7 @@ class Record:
     def to_json(self, *, seconds: bool = False) -> dict[str, Any]:
         """Plain JSON values. `seconds` is left out unless asked for: artefacts must be the same from run to run."""
         data = asdict(self)
+        data["details"] = [dict(row) for row in self.details]
         data["changed"] = dict(sorted(self.changed.items()))
         if not seconds:
             del data["seconds"]
@@ -48,4 +51,5 @@ class Record:
     def from_json(cls, data: Mapping[str, Any]) -> Record:
         """The inverse of `to_json`. Raises TypeError or KeyError where `data` is not a record."""
         declined = tuple(Decline(item["where"], item["reason"]) for item in data["declined"])
-        return cls(**{**data, "declined": declined})
+        details = tuple(dict(row) for row in data.get("details", ()))
+        return cls(**{**data, "declined": declined, "details": details})

@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
         "graphopt.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
     ),
     "eliminate-dead-code": "graphopt.passes.eliminate_dead_code:EliminateDeadCode",
+    "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
     "factor-low-rank": "graphopt.passes.factor_low_rank:FactorLowRank",
     "merge-factors": "graphopt.passes.merge_factors:MergeFactors",
 }

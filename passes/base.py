@@ -57,6 +57,7 @@ class Pass(ABC):
             name=self.name,
             changed=dict(edit.changed),
             declined=tuple(edit.declined),
+            details=tuple(edit.details),
             flops_before=before_cost.total.flops,
             flops_after=after_cost.total.flops,
             params_before=before_cost.total.params,

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from graphopt.budget import Budget
+import numpy as np
+from torch import Tensor
+
+from graphopt.axes import Axes, Axis, infer
+from graphopt.budget import SLACK, Budget, Meter, meter
+from graphopt.edit import Edit
+from graphopt.errors import BadOption, Decline
+from graphopt.passes import allocation as allocations
+from graphopt.passes import criteria
+from graphopt.passes.allocation.base import Allocation, Problem, ladder, top
 from graphopt.passes.base import Pass
+from graphopt.passes.criteria.base import Criterion
+from graphopt.shrink import shrink_in
+
+if TYPE_CHECKING:
+    from graphopt.calibration import Calibration
+    from graphopt.targets.target import Target
+
+# Roles whose items are counted, not vectorised: they are never rounded.
+_COUNTED = ("head", "query_group", "expert", "token")
+# An axis keeps at least so many rungs: its step is halved until it has.
+_RUNGS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a reduction will do: the indices that stay of each axis that is cut, by what scores, and what it left alone.
+
+    `merge` says for some of the axes how what is dropped folds into what stays, as `shrink` takes it.
+    """
+
+    keep: Mapping[Any, Tensor]
+    scores: Mapping[Axis, Tensor]
+    declined: Sequence[Decline] = ()
+    merge: Mapping[Any, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Reduction(Pass):
     """Score the free axes of some roles, decide how many items stay, shrink. Lossy.
 
-    `keep` instead of a budget is the share of every axis that stays.
+    budget: what the whole program may cost; or
+    keep: the share of every axis that stays. Exactly one of the two is given.
+    criterion, allocation: names, with options as in `optin:lam=10`.
+    include, exclude: patterns of axis labels (`c3`), of places (`layer3.*`), as `Axes.where` gives them.
+    min_keep: the share of every axis that stays in any case; one item always does.
+    step: what stays is a multiple of it; "auto" asks the target, 1 rounds nothing. Axes of fewer than four steps get
+        half the step, and so on.
+    calibration: data for criteria and allocations that measure; the example inputs where there is none.
+    target: what "auto" and latency refer to.
     """
 
     lossless: ClassVar[bool] = False
@@ -23,3 +68,237 @@ class Reduction(Pass):
     keep: float | None = None
     criterion: str = "l2"
     allocation: str = "global"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_keep: float = 0.05
+    step: int | str = "auto"
+    calibration: Any = None
+    target: Any = None
+
+    # What subclasses may change ---------------------------------------------------------------------------------------
+
+    def pick(self, axes: Axes) -> tuple[Axis, ...]:
+        """The free axes that this pass cuts, before `include` and `exclude`."""
+        return axes.free(*self.roles)
+
+    def weigh(self, axes: Axes, scores: dict[Axis, Tensor]) -> dict[Axis, Tensor]:
+        """The scores that are compared; by default the criterion's own."""
+        return scores
+
+    def step_of(self, axes: Axes, axis: Axis) -> int:
+        """The multiple that is wanted of what stays of an axis, before it is fitted to the axis."""
+        if self.step != "auto":
+            return int(self.step)
+        return 1 if axes.role(axis) in _COUNTED else preferred(self.on_target)
+
+    def floor_of(self, axes: Axes, axis: Axis) -> int:
+        """The least that stays of an axis, in items."""
+        return max(1, int(np.ceil(self.min_keep * axis.extent - 1e-9)))
+
+    # The pass ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def on_target(self) -> Target | None:
+        """The target itself where it was given by name."""
+        if not isinstance(self.target, str):
+            return self.target
+        from graphopt import targets
+
+        return targets.resolve(self.target)
+
+    def apply(self, edit: Edit) -> None:
+        """See Pass."""
+        axes = infer(edit.program)
+        plan = self.plan(axes)
+        edit.declined += plan.declined
+        if plan.keep:
+            shrink_in(edit, axes, plan.keep, merge=plan.merge)
+        for axis in plan.keep:
+            edit.count(f"{axes.role(axis) or 'axis'} axis")
+        edit.details += explain(axes, plan, self.on_target)
+
+    def plan(self, axes: Axes) -> Plan:
+        """What stays of which axis, without changing anything. Raises BadOption, BudgetUnreachable."""
+        self.check()
+        declined: list[Decline] = []
+        wanted = self.wanted(axes, declined)
+        if not wanted:
+            declined.append(Decline(axes.program.name, f"no free axis of role {' or '.join(self.roles)}"))
+            if self.budget is None:
+                return Plan({}, {}, declined)
+        scores = self.score(axes, wanted) if wanted else {}
+        sizes = self.allocate(axes, scores, declined)
+        keep = {axis: top(scores[axis], size) for axis, size in sizes.items() if size < axis.extent}
+        return Plan(keep, scores, declined)
+
+    def check(self) -> None:
+        """Options that contradict each other. Raises BadOption."""
+        if (self.budget is None) == (self.keep is None):
+            what = f"{self.name} has a budget and keep" if self.budget else f"{self.name} has no budget"
+            raise BadOption(what=what, way_out="give one of --flops, --macs, --params, --bytes, --latency and --keep")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise BadOption(
+                what=f"{self.name}: keep={self.keep}", way_out="give the share that stays, above 0, up to 1"
+            )
+        if not (self.step == "auto" or (str(self.step).isdigit() and int(self.step) > 0)):
+            raise BadOption(what=f"{self.name}: step={self.step}", way_out="give a number of items from 1, or auto")
+        if self.budget is not None and self.budget.kind == "latency" and self.target is None:
+            raise BadOption(what=f"{self.name} has a latency budget and no target", way_out="name it with --target")
+
+    def wanted(self, axes: Axes, declined: list[Decline]) -> tuple[Axis, ...]:
+        """The axes to cut; declines those of these roles that are pinned."""
+        for axis in axes.atoms:
+            if axis.pinned is not None and axes.role(axis) in self.roles:
+                declined.append(Decline(f"{axis.label} ({axes.where(axis)})", f"axis is pinned: {axis.pinned}"))
+        chosen = []
+        for axis in self.pick(axes):
+            names = (axis.label, axes.where(axis))
+            if self.include and not _matches(names, self.include):
+                continue
+            if _matches(names, self.exclude):
+                declined.append(Decline(f"{axis.label} ({names[1]})", "excluded"))
+                continue
+            chosen.append(axis)
+        return tuple(chosen)
+
+    def score(self, axes: Axes, wanted: Sequence[Axis]) -> dict[Axis, Tensor]:
+        """The weighed scores of the wanted axes."""
+        criterion = self.made_criterion()
+        data = self.read_calibration(axes) if criterion.needs_calibration else None
+        found = criterion.scores(axes, wanted, data)
+        return self.weigh(axes, {axis: found[axis] for axis in wanted})
+
+    def made_criterion(self) -> Criterion:
+        """The criterion with its options. Raises BadOption."""
+        return named("criterion", self.criterion, criteria)
+
+    def made_allocation(self) -> Allocation:
+        """The allocation with its options. Raises BadOption."""
+        return named("allocation", self.allocation, allocations)
+
+    def read_calibration(self, axes: Axes) -> Calibration:
+        """The calibration data, fitted to the program."""
+        from graphopt.calibration import calibration
+
+        return calibration(self.calibration, axes.program)
+
+    def allocate(self, axes: Axes, scores: Mapping[Axis, Tensor], declined: list[Decline]) -> dict[Axis, int]:
+        """Sizes by axis; declines to use all of the budget where steps leave more than SLACK of it."""
+        steps = {axis: fitted_step(self.step_of(axes, axis), axis.extent) for axis in scores}
+        floors = {axis: self.floor_of(axes, axis) for axis in scores}
+        if self.budget is None:
+            assert self.keep is not None
+            ladders = {axis: ladder(axis.extent, steps[axis], floors[axis]) for axis in scores}
+            return {axis: nearest(sizes, self.keep * axis.extent) for axis, sizes in ladders.items()}
+        gauge = self.gauge(axes, tuple(scores))
+        problem = Problem(
+            axes=axes,
+            scores=scores,
+            comparable=self.made_criterion().comparable,
+            meter=gauge,
+            limit=self.budget.limit(gauge.full),
+            step=steps,
+            floor=floors,
+            calibration=partial(self.read_calibration, axes),
+        )
+        sizes = self.made_allocation().sizes(problem, self.budget)
+        got = gauge(sizes)
+        if got < (1 - SLACK) * problem.limit and got < gauge.full:
+            used, asked = (self.budget.show(value, gauge.full) for value in (got, problem.limit))
+            reason = f"{used} of {asked} {self.budget.kind} is used: steps come no nearer; step=1 rounds nothing"
+            declined.append(Decline(axes.program.name, reason))
+        return sizes
+
+    def gauge(self, axes: Axes, variables: Sequence[Axis]) -> Meter:
+        """What measures the budget's quantity."""
+        assert self.budget is not None
+        return meter(self.budget.kind, axes, variables, self.on_target)
+
+
+def preferred(target: Target | None) -> int:
+    """The multiple of items that a target's kernels are made for: 16 with vectors of 512 bits, else 8."""
+    return 16 if target is not None and target.isa.vector_bits >= 512 else 8
+
+
+def fitted_step(step: int, extent: int) -> int:
+    """The step, halved until the axis has at least four of it (or it is odd)."""
+    while step > 1 and extent < _RUNGS * step:
+        step = step // 2 if step % 2 == 0 else 1
+    return step
+
+
+def nearest(sizes: Any, wanted: float) -> int:
+    """Of some sizes, largest first, the one nearest to a number."""
+    return int(sizes[int(np.argmin(np.abs(np.asarray(sizes) - wanted)))])
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def named(kind: str, text: str, registry: Any) -> Any:
+    """A registered criterion or allocation from `name` or `name:option=value,option=value`. Raises BadOption."""
+    name, _, rest = text.partition(":")
+    known = registry.CRITERIA if kind == "criterion" else registry.ALLOCATIONS
+    if name not in known:
+        raise BadOption(what=f"there is no {kind} {name}", way_out=f"known are: {', '.join(sorted(known))}")
+    options = {}
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        options[key.strip()] = _value(value.strip())
+    try:
+        return registry.make(name, **options)
+    except TypeError as error:
+        raise BadOption(
+            what=f"{kind} {text}: {error}", way_out=f"`graphopt passes {name}` lists its options"
+        ) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def explain(axes: Axes, plan: Plan, target: Target | None) -> list[dict[str, Any]]:
+    """A row for each axis that was cut: how much, what share of its score went, and what that buys.
+
+    What an axis buys is the mean of two differences: whole program to this axis cut alone, and everything cut to this
+    axis whole again. So the savings of two axes that multiply add up to what both save.
+    """
+    cut = {axis: len(kept) for axis, kept in plan.keep.items()}
+    variables = tuple(cut)
+    kinds = ["flops", "params", *(["latency"] if target is not None and _has_latency() else [])]
+    saved = {kind: _savings(meter(kind, axes, variables, target), cut) for kind in kinds}
+    rows = []
+    for place, (axis, size) in enumerate(cut.items()):
+        own = plan.scores[axis].double().abs()
+        lost = float(own.sum() - own[plan.keep[axis]].sum())
+        row: dict[str, Any] = {
+            "axis": axis.label,
+            "role": axes.role(axis),
+            "where": axes.where(axis),
+            "from": axis.extent,
+            "to": size,
+            "score_lost": round(lost / float(own.sum()), 6) if float(own.sum()) else 0.0,
+            "flops_saved": round(saved["flops"][place]),
+            "params_saved": round(saved["params"][place]),
+        }
+        if "latency" in saved:
+            row["us_saved"] = round(float(saved["latency"][place]) * 1e6, 3)
+        rows.append(row)
+    return rows
+
+
+def _savings(gauge: Meter, cut: Mapping[Axis, int]) -> Any:
+    after = np.array([cut[axis] for axis in gauge.variables], np.int64)
+    alone = gauge.full - gauge.each(gauge.extents, after)
+    restored = gauge.each(after, gauge.extents) - (gauge.one(after) if len(after) else 0.0)
+    return (alone + restored) / 2
+
+
+def _has_latency() -> bool:
+    import graphopt.cost
+
+    return hasattr(graphopt.cost, "latency_model")

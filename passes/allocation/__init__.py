@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.passes.allocation.base import Allocation
 
-ALLOCATIONS: dict[str, str] = {}
+ALLOCATIONS: dict[str, str] = {
+    "uniform": "graphopt.passes.allocation.uniform:Uniform",
+    "global": "graphopt.passes.allocation.ranked:Global",
+    "minimum-threshold": "graphopt.passes.allocation.minimum_threshold:MinimumThreshold",
+    "latency-aware": "graphopt.passes.allocation.greedy:LatencyAware",
+    "lapp": "graphopt.passes.allocation.greedy:Lapp",
+    "sensitivity": "graphopt.passes.allocation.sensitivity:Sensitivity",
+    "two-lists": "graphopt.passes.allocation.two_lists:TwoLists",
+}
 
 
 def load(name: str) -> type[Allocation]:
