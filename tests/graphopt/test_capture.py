@@ -53,6 +53,18 @@ def test_module_is_left_as_it_is():
     assert not net.head.training
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_recurrent_module_is_left_as_it_is():
+    """nn.LSTM renews its list of weights when it is called; capture neither warns of that nor breaks the module."""
+    module, x = nn.LSTM(3, 4, batch_first=True), torch.ones(2, 5, 3)
+    wanted = module(x)[0]
+    program = capture(module, x)
+    torch.testing.assert_close(program(x)[0], wanted)
+    module(x)[0].sum().backward()
+    assert torch.equal(module(x)[0], wanted)
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 def test_later_training_does_not_change_the_program():
     """The program has weights of its own, and tied ones stay tied."""
     net = Net()
