@@ -181,7 +181,9 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
         with torch.no_grad(), _torch_silent(), warnings.catch_warnings():
             # An nn.LSTM keeps its weights in a list as well, which it sets again when it is called; nothing is lost.
             weights = r"self\.([\w.]+\.)?_flat_weights\[\d+\]"
-            warnings.filterwarnings("ignore", rf"The tensor attributes? ({weights}(, )?)+ (was|were) assigned", UserWarning)
+            warnings.filterwarnings(
+                "ignore", rf"The tensor attributes? ({weights}(, )?)+ (was|were) assigned", UserWarning
+            )
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
