@@ -19,6 +19,7 @@ PASSES: dict[str, str] = {
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
     "factor-low-rank": "graphopt.passes.factor_low_rank:FactorLowRank",
     "merge-factors": "graphopt.passes.merge_factors:MergeFactors",
+    "drop-blocks": "graphopt.passes.drop_blocks:DropBlocks",
 }
 
 # Lossless, and on by default. Read from top to bottom.
