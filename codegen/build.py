@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
@@ -20,6 +21,7 @@ from tvm.tirx import PrimFunc
 
 from graphopt.codegen.kernels.nan import PropagateNan
 from graphopt.codegen.kernels.soft_half import SoftenHalf
+from graphopt.codegen.kernels.tir_rewrite import Rewriter
 from graphopt.codegen.kernels.vector_math import ExpandMath
 from graphopt.targets.target import Target
 
@@ -71,13 +73,21 @@ def plain_c(name: str, func: PrimFunc) -> PrimFunc:
     offsets = {p.ty.elem_offset for p in func.params if isinstance(p.ty.elem_offset, tirx.Var)}
     body: list[tirx.Stmt] = [tirx.Bind(offset, tirx.const(0, offset.ty.dtype)) for offset in offsets]
     body += [tirx.DeclBuffer(param, data=pointer) for param, pointer in zip(func.params, pointers, strict=True)]
-    body.append(func.body)
+    body.append(_WithoutPragmas().stmt(func.body))
     body.append(tirx.Return(tirx.const(0, "int32")))
     zero = tirx.const(0, "int32")
     on_device = tirx.AttrStmt(zero, "device_id", zero, tirx.SeqStmt(body))
     on_device = tirx.AttrStmt(zero, "device_type", tirx.const(CPU_DEVICE, "int32"), on_device)
     plain = PrimFunc(pointers, on_device, PrimType("int32"), func.attrs)
     return plain.with_attr("calling_conv", PLAIN_C).with_attr("global_symbol", name)
+
+
+class _WithoutPragmas(Rewriter):
+    """TVM's scatters mark what is sequential with a pragma that its LLVM code generator then complains of."""
+
+    def stmt(self, s: Any) -> Any:
+        s = super().stmt(s)
+        return s.body if isinstance(s, tirx.AttrStmt) and s.attr_key == "pragma_scope" else s
 
 
 def build_llvm(kernels: Mapping[str, PrimFunc], target: Target) -> tvm.runtime.Module:
