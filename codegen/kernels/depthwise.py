@@ -27,7 +27,8 @@ from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, accumulator, 
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.gemm import SHORT
 from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, registers
+from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
+from graphopt.cost.register_tile import registers
 from graphopt.errors import Decline
 from graphopt.targets.target import Isa, Target
 

@@ -13,7 +13,7 @@ place, for it fits the second-level cache in blocks and its rows are contiguous 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,29 +22,11 @@ from tvm.tirx.script import builder as T
 
 from graphopt.codegen.dataflow import Array
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, load, loop, spread
-from graphopt.targets.target import Isa, Target
+from graphopt.cost.register_tile import Tile, best_tile
+from graphopt.targets.target import Target
 
-LOADS_PER_CYCLE = 2
-L2_BYTES_PER_CYCLE = 24
 # A thread that is woken must have this much to do, or waking it costs more than it saves.
 FLOPS_PER_TASK = 200_000
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of the accumulators, and elements of one vector."""
-
-    mr: int
-    nr: int
-    lanes: int
-
-    @property
-    def vectors(self) -> int:
-        """Vectors in a row of the tile."""
-        return self.nr // self.lanes
-
-    def __str__(self) -> str:
-        return f"{self.mr}x{self.nr}"
 
 
 @dataclass(frozen=True)
@@ -65,55 +47,6 @@ class Nest:
     def panels(self) -> int:
         """Panels of nr columns."""
         return -(-self.n // self.tile.nr)
-
-
-# Instruction sets whose registers an engine assigns when the program is loaded.
-ENGINE = ("simd128", "relaxed-simd")
-
-
-def registers(isa: Isa) -> int:
-    """Vector registers that a tile may fill.
-
-    WebAssembly has none; an engine lays locals out in the processor's and keeps some to itself. Measured in Node 20 on
-    x86-64: 4 x 8 runs at 32 GFLOP/s (41 with relaxed SIMD), 6 x 8 and 4 x 16 at 20.
-    """
-    return 12 if isa.name in ENGINE else isa.vector_registers
-
-
-def tiles(m: int, n: int, isa: Isa, bits: int = 32) -> Iterator[Tile]:
-    """Tiles whose accumulators, one row of W and one element of A fit the registers."""
-    lanes = min(isa.lanes(bits), 1 << (n.bit_length() - 1))
-    temporaries = 1 if isa.has_fma else 2
-    # More rows than ways of the first-level cache evict each other where their distance is a power of two; fewer than
-    # three use what is loaded too little.
-    least, most = min(m, 3), 6 if isa.name in ENGINE else 8
-    while lanes >= 1:
-        for vectors in range(1, min(8, n // lanes) + 1):
-            for mr in range(least, min(m, most) + 1):
-                # A row of W that is used once needs no register: it is an operand in memory.
-                held = vectors if mr > 1 else 0
-                if mr * vectors + held + temporaries <= registers(isa):
-                    yield Tile(mr, vectors * lanes, lanes)
-        lanes //= 2
-
-
-def cycles(m: int, n: int, tile: Tile, isa: Isa) -> float:
-    """Estimate per step of t for the whole product."""
-    accumulators = tile.mr * tile.vectors
-    arithmetic = accumulators * (1 if isa.has_fma else 2) / isa.fma_per_cycle
-    # Measured on Zen 4: with few accumulators the units run dry between steps, and each row of A is one more stream
-    # that competes for the ways of the first-level cache.
-    arithmetic *= 1 + 2 / accumulators
-    loads = (tile.mr + tile.vectors) / LOADS_PER_CYCLE
-    # A panel of W is longer than the first-level cache: it comes from the second with each tile.
-    stream = tile.vectors * isa.vector_bits // 8 / L2_BYTES_PER_CYCLE
-    each = max(arithmetic, loads, stream, isa.fma_latency_cycles) + 0.08 * tile.mr + 0.1 * tile.vectors
-    return -(-m // tile.mr) * -(-n // tile.nr) * each
-
-
-def best_tile(m: int, n: int, isa: Isa, bits: int = 32) -> Tile:
-    """The tile with the lowest estimate."""
-    return min(tiles(m, n, isa, bits), key=lambda t: (cycles(m, n, t, isa), -t.mr * t.nr))
 
 
 def plan(

@@ -4,6 +4,7 @@
 shrunk, so that a budget is solved without shrinking anything.
 """
 
+from graphopt.cost.latency import LatencyModel, alignment, latency_model
 from graphopt.cost.model import CostModel, ModelRow, cost_model
 from graphopt.cost.polynomial import Compiled, Polynomial, Sizes
 from graphopt.cost.table import Cost, Row, Summary, node_cost, summary
@@ -12,12 +13,15 @@ __all__ = [
     "Compiled",
     "Cost",
     "CostModel",
+    "LatencyModel",
     "ModelRow",
     "Polynomial",
     "Row",
     "Sizes",
     "Summary",
+    "alignment",
     "cost_model",
+    "latency_model",
     "node_cost",
     "summary",
 ]

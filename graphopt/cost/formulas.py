@@ -112,7 +112,7 @@ class Call:
     def __init__(self, node: Node, shapes: Shapes) -> None:
         self.node, self.op = node, base_name(node)
         self.results = list(shapes(node))
-        self._shapes = shapes
+        self.shapes = shapes
 
     @property
     def numel(self) -> Extent:
@@ -122,7 +122,7 @@ class Call:
     def shape(self, value: object) -> tuple[Extent, ...]:
         """The extents of a tensor argument."""
         assert isinstance(value, Node)
-        return self._shapes(value)[0].shape
+        return self.shapes(value)[0].shape
 
     def argument(self, place: int, name: str) -> object:
         """An argument by place or name; None where it is left out."""

@@ -15,7 +15,8 @@ from tvm import relax
 from graphopt.codegen.kernels.epilogue import absorb
 from graphopt.codegen.kernels.gemm import Gemm
 from graphopt.codegen.kernels.template import KernelCall
-from graphopt.codegen.kernels.tile import best_tile, pack, registers, tiles
+from graphopt.codegen.kernels.tile import pack
+from graphopt.cost.register_tile import best_tile, registers, tiles
 from graphopt.errors import Decline
 from tests.codegen.kernels.dense import QUICK, TAILS, check, linear, product
 from tests.codegen.kernels.harness import ARM, HOST, WASM, Library, aligned, match, relax_main
