@@ -218,6 +218,17 @@ def bench(
     ]
 
 
+def in_turns(bundles: Sequence[Bundle], inputs: Mapping[str, Array], *, seconds: float) -> list[float]:
+    """The least time of one run of each bundle, in seconds, timed in turns for `seconds` a bundle."""
+    turns = [_own(bundle, inputs) for bundle in bundles]
+    samples: list[list[float]] = [[] for _ in bundles]
+    deadline = time.perf_counter() + seconds * len(bundles)
+    while len(samples[-1]) < 3 * _PER_TURN or time.perf_counter() < deadline:
+        for times, turn in zip(samples, turns, strict=True):
+            times += turn()
+    return [min(times) for times in samples]
+
+
 # Runs per turn, after one that is not counted: the engine before has filled the caches with its own data.
 _PER_TURN = 3
 

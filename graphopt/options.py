@@ -36,6 +36,7 @@ class Options:
     verify: bool = True
     canonicalise: bool = True
     dump_dir: str | os.PathLike[str] | None = None
+    reduction: Any = None  # a Recipe or passes that are ready, as graphopt.optimize.plan gives them
 
     @property
     def kind(self) -> Kind:
@@ -60,7 +61,7 @@ def check_output(options: Options) -> Target:
     """
     from graphopt import targets
 
-    check_place(options)  # first: finding out what `cpu` is here takes TVM, and that PyTorch
+    check_place(options.output, options.kind)  # first: finding out what `cpu` is here takes TVM, and that PyTorch
     target = targets.resolve(options.target)
     if options.kind not in KINDS[target.kind]:
         fitting = [suffix for suffix, kind in SUFFIXES.items() if kind in KINDS[target.kind]]
@@ -71,23 +72,21 @@ def check_output(options: Options) -> Target:
     return target
 
 
-def check_place(options: Options) -> None:
-    """Raises OutputInTheWay or CannotWrite where the output cannot be written where it shall be."""
-    if options.output is None:
+def check_place(output: str | os.PathLike[str] | None, kind: str) -> None:
+    """Raises OutputInTheWay or CannotWrite where a `kind` (a bundle, or a file) cannot be written to `output`."""
+    if output is None:
         return
-    place = resolved(options.output)
-    if (missing := missing_folder(options.output)) is not None:
-        raise CannotWrite(
-            file=options.output, reason=f"there is no folder {missing}; folders above the output are not made"
-        )
+    place = resolved(output)
+    if (missing := missing_folder(output)) is not None:
+        raise CannotWrite(file=output, reason=f"there is no folder {missing}; folders above the output are not made")
     if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise CannotWrite(file=options.output, reason="Permission denied")
+        raise CannotWrite(file=output, reason="Permission denied")
     if len(os.fsencode(place.name)) > _LONGEST_NAME_BYTES:
-        raise CannotWrite(file=options.output, reason=f"its name has more than {_LONGEST_NAME_BYTES} bytes")
-    if options.kind == "bundle":
-        check_replaceable(options.output)
+        raise CannotWrite(file=output, reason=f"its name has more than {_LONGEST_NAME_BYTES} bytes")
+    if kind == "bundle":
+        check_replaceable(output)
     elif place.is_dir():
-        raise OutputInTheWay(file=options.output, what="is a folder")
+        raise OutputInTheWay(file=output, what="is a folder")
 
 
 def missing_folder(output: str | os.PathLike[str]) -> Path | None:

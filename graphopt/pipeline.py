@@ -25,6 +25,7 @@ from graphopt.verify import Run, Sample, counted, round_up, samples_of, verify
 
 if TYPE_CHECKING:
     from graphopt.codegen.artefact import Artefact
+    from graphopt.optimize import Outcome
     from graphopt.record import Record
     from graphopt.targets.target import Target
 
@@ -39,11 +40,12 @@ def _silent(_: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished compilation: the bundle, what was asked for and every file that was written."""
+    """A finished compilation: the bundle, what was asked for, every file that was written, and what was cut before."""
 
     bundle: Bundle
     output: Path | None
     written: tuple[Path, ...]
+    reduced: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def compile(
     calibration: Source = None,
     dump_dir: str | os.PathLike[str] | None = None,
     canonicalise: bool = True,
+    passes: Sequence[Any] = (),
+    recipe: Any = None,
+    budget: Mapping[str, Any] | None = None,
     name: str | None = None,
     input_shapes: Mapping[str, Any] | None = None,
     model_factory: str | None = None,
@@ -87,6 +92,9 @@ def compile(
             one; `graphopt.calibration.calibration` has more. The example inputs where None.
         dump_dir: a folder for the program's text after every phase.
         canonicalise: run the lossless passes first.
+        passes, recipe, budget: what shall be cut before, as `optimize` takes them (`budget={"flops": 0.5}`); lossy, so
+            only when asked for. The bundle is then held to what the reduced program computes in PyTorch, and the
+            manifest's records say what was cut.
         name: the prefix of C symbols and file names; by default the program's.
         input_shapes, model_factory, unsafe_load: as `capture` takes them.
         progress: hears what is done now.
@@ -100,6 +108,8 @@ def compile(
         OutputInTheWay, CannotWrite: it cannot be written there; nothing is left half-written.
         GraphoptError: any of those that `capture` raises.
     """
+    from graphopt.optimize import reduction
+
     options = Options(
         target=target,
         output=output,
@@ -112,6 +122,7 @@ def compile(
         verify=verify,
         canonicalise=canonicalise,
         dump_dir=dump_dir,
+        reduction=reduction(passes, recipe, budget or {}),
     )
     return build(source, options, progress=progress).bundle
 
@@ -123,30 +134,34 @@ def build(source: Any, options: Options, *, progress: Progress | None = None) ->
     step = progress or _silent
     if options.output is not None and options.kind == "bundle":
         with new_bundle(options.output) as stage:
-            run_phases(source, options, target, stage, step)
+            reduced = run_phases(source, options, target, stage, step)
         bundle = load(options.output)
-        return Result(bundle, Path(options.output), tuple(sorted(bundle.path.iterdir())))
+        return Result(bundle, Path(options.output), tuple(sorted(bundle.path.iterdir())), reduced)
     folder = tempfile.TemporaryDirectory(prefix="graphopt-")
     try:
         stage = Path(folder.name)
-        run_phases(source, options, target, stage, step)
+        reduced = run_phases(source, options, target, stage, step)
         bundle = keep_while(load(stage), folder)
         if options.output is None:
-            return Result(bundle, None, ())
-        return Result(bundle, Path(options.output), export(bundle, options.output, options.kind))
+            return Result(bundle, None, (), reduced)
+        return Result(bundle, Path(options.output), export(bundle, options.output, options.kind), reduced)
     except BaseException:
         folder.cleanup()
         raise
 
 
-def run_phases(source: Any, options: Options, target: Target, stage: Path, step: Progress) -> None:
-    """Fill the empty folder `stage` with a bundle: the pipeline."""
+def run_phases(source: Any, options: Options, target: Target, stage: Path, step: Progress) -> Outcome | None:
+    """Fill the empty folder `stage` with a bundle: the pipeline. Returns what was cut, None where nothing was to be."""
     dump = Dump(options.dump_dir)
     step("capturing")
     captured = _captured(source, options)
-    samples = samples_of(captured, _calibration(captured, options))
+    dump("captured.txt", str(captured))
+    data = _calibration(captured, options)
+    samples = samples_of(captured, data)
+    outcome = _reduced(captured, options, data, target, dump, step)
+    reduced = captured if outcome is None else outcome.after
     step("canonicalising")
-    program = _canonicalised(captured, options, dump, step)
+    program = _canonicalised(reduced, options, dump, step)
     step(f"lowering for {target}")
     artefact = _lowered(program, target, dump, step)
     step("linking")
@@ -155,9 +170,10 @@ def run_phases(source: Any, options: Options, target: Target, stage: Path, step:
     seal(stage, manifest)
     if options.verify:
         step("verifying")
-        manifest = replace(manifest, verification=_verified(captured, manifest, target, samples, stage, step))
+        manifest = replace(manifest, verification=_verified(reduced, manifest, target, samples, stage, step))
     step("writing")
     seal(stage, manifest)
+    return outcome
 
 
 # Before anything is done ---------------------------------------------------------------------------------------------
@@ -198,6 +214,7 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
     steps = [
         f"capture {program.name}: {', '.join(map(str, program.inputs))} -> {', '.join(map(str, program.outputs))}, "
         f"{len(cost.rows)} operators, {cost.total.flops:,} FLOPs, {cost.total.params:,} parameters",
+        *([f"reduce: {_passes_text(options.reduction)}"] if options.reduction is not None else []),
         f"canonicalise: {', '.join(CANONICALISE)}" if options.canonicalise else "canonicalise: left out",
         f"lower for {target} ({target.isa.name}, {target.isa.vector_bits} bits)",
         f"link for {target.zig}",
@@ -235,11 +252,29 @@ def _calibration(program: Program, options: Options) -> Calibration | None:
     return None if options.calibration is None else calibration(options.calibration, program)
 
 
+def _passes_text(reduction: Any) -> str:
+    from graphopt.optimize import described
+
+    return described(reduction)
+
+
+def _reduced(
+    program: Program, options: Options, data: Calibration | None, target: Target, dump: Dump, step: Progress
+) -> Outcome | None:
+    """Run the lossy passes that were asked for; None where there are none."""
+    if options.reduction is None:
+        return None
+    from graphopt.optimize import reduce
+
+    done = reduce(program, options.reduction, calibration=data, target=target, progress=step)
+    dump("reduced.txt", str(done.after))
+    return done
+
+
 def _canonicalised(program: Program, options: Options, dump: Dump, step: Progress) -> Program:
     from graphopt.passes import CANONICALISE
     from graphopt.passes.base import run_passes
 
-    dump("captured.txt", str(program))
     if not options.canonicalise:
         return program
     program = run_passes(program, CANONICALISE, progress=lambda name, *_: step(f"canonicalising: {name}"))

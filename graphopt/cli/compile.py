@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graphopt.cli import reduction as red
 from graphopt.cli.common import (
     Debug,
     Factory,
@@ -65,6 +66,21 @@ def compile(
     dump_dir: Annotated[
         str | None, typer.Option("--dump-dir", metavar="DIR", help="Write the program there after every phase.")
     ] = None,
+    passes: red.Passes = None,
+    recipe: red.RecipeFile = None,
+    flops: red.Flops = None,
+    macs: red.Macs = None,
+    params: red.Params = None,
+    bytes_: red.Bytes = None,
+    latency: red.Latency = None,
+    keep: red.Keep = None,
+    criterion: red.Criterion = None,
+    allocation: red.Allocation = None,
+    round_to: red.RoundTo = None,
+    include: red.Include = None,
+    exclude: red.Exclude = None,
+    compensate: red.Compensate = None,
+    explain: red.Explain = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     unsafe_load: UnsafeLoad = False,
     imports: Imports = None,
@@ -90,12 +106,19 @@ def compile(
         unsafe_load=unsafe_load,
     )
     check_output(options)  # before the seconds that importing PyTorch takes
+    cut = red.shared_options(
+        flops=flops, macs=macs, params=params, bytes=bytes_, latency=latency, keep=keep, criterion=criterion,
+        allocation=allocation, step=round_to, include=include, exclude=exclude, compensate=compensate,
+    )  # fmt: skip
     with out.working("importing PyTorch"):
+        from graphopt.optimize import reduction
         from graphopt.pipeline import build, plan
         from graphopt.user_code import names_function
 
         user_code(imports, needed=bool(factory) or unsafe_load or names_function(calib or ""))
-        options = replace(options, input_shapes=input_shapes(input_shape))
+        options = replace(
+            options, input_shapes=input_shapes(input_shape), reduction=reduction(tuple(passes or ()), recipe, cut)
+        )
     with out.working("reading the model"):
         if dry_run:
             planned = plan(model, options, progress=out.step)
@@ -104,7 +127,8 @@ def compile(
     if dry_run:
         out.result(planned.to_json(), lambda console: _print_plan(console, planned))
         return
-    out.result(_as_json(result), lambda console: _print(console, result, time.perf_counter() - started))
+    seconds = time.perf_counter() - started
+    out.result(_as_json(result), lambda console: _print(console, result, seconds, explain=explain))
 
 
 def _print_plan(console: Console, planned: Plan) -> None:
@@ -116,7 +140,9 @@ def _print_plan(console: Console, planned: Plan) -> None:
 
 def _as_json(result: Result) -> dict[str, Any]:
     data = result.bundle.manifest.to_json()
+    reduced = {} if result.reduced is None else {"reduced": red.as_json(result.reduced)}
     return {
+        **reduced,
         "output": str(result.output),
         "written": [str(path) for path in result.written],
         "bytes": sum(path.stat().st_size for path in result.written),
@@ -126,7 +152,7 @@ def _as_json(result: Result) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, result: Result, seconds: float) -> None:
+def _print(console: Console, result: Result, seconds: float, *, explain: bool) -> None:
     manifest = result.bundle.manifest
     size = sum(path.stat().st_size for path in result.written)
     calls, templates = len(manifest.kernels), sum(kernel["template"] != "tvm" for kernel in manifest.kernels)
@@ -139,3 +165,5 @@ def _print(console: Console, result: Result, seconds: float) -> None:
         f"  verified  {manifest.verification}",
     ]
     console.print("\n".join(lines), markup=False)
+    if result.reduced is not None:
+        red.print_outcome(console, result.reduced, explain=explain)

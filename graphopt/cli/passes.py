@@ -1,0 +1,112 @@
+"""graphopt passes: what can be done to a model, with parameters and papers."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphopt.cli.common import Debug, Json, Output, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SOURCE = re.compile(r"^Sources?:\s*(?P<text>.+?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def passes(
+    name: Annotated[str | None, typer.Argument(help="A pass, criterion or allocation, to be explained.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """List the passes, criteria and allocations, or explain one of them."""
+    out = Output(json, quiet, verbose)
+    with out.working("importing PyTorch"):
+        entries = catalogue()
+    if name is None:
+        out.result({"passes": entries}, lambda console: _print_all(console, entries))
+        return
+    from graphopt.errors import UnknownPass
+
+    found = [entry for entry in entries if entry["name"] == name]
+    if not found:
+        import difflib
+
+        near = difflib.get_close_matches(name, [entry["name"] for entry in entries], 1)
+        raise UnknownPass(name=name, near=f"; did you mean {near[0]}?" if near else "")
+    out.result(found[0], lambda console: _print_one(console, found))
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Every registered pass, criterion and allocation: kind, name, summary, text, source, options."""
+    from graphopt.passes import CANONICALISE, PASSES, allocation, criteria, load
+
+    rows = [
+        _entry("lossless pass" if load(name).lossless else "reducing pass", name, load(name), name in CANONICALISE)
+        for name in PASSES
+    ]
+    rows += [_entry("criterion", name, criteria.load(name), False) for name in criteria.CRITERIA]
+    rows += [_entry("allocation", name, allocation.load(name), False) for name in allocation.ALLOCATIONS]
+    return rows
+
+
+def _entry(kind: str, name: str, cls: type, default: bool) -> dict[str, Any]:
+    text = inspect.cleandoc(cls.__doc__ or "")
+    source = _SOURCE.search(text)
+    options = [
+        {"name": field.name.replace("_", "-"), "type": str(field.type), "default": _default(field)}
+        for field in dataclasses.fields(cls)
+        if field.init
+    ]
+    return {
+        "kind": kind,
+        "name": name,
+        "summary": " ".join(text.partition("\n\n")[0].split()),
+        "text": text,
+        "source": " ".join(source["text"].split()) if source else None,
+        "options": options,
+        "by_default": default,
+    }
+
+
+def _default(field: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "(required)"
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _print_all(console: Console, entries: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    for kind in dict.fromkeys(entry["kind"] for entry in entries):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column(kind, no_wrap=True)
+        table.add_column("what it does", overflow="fold")
+        table.add_column("options", overflow="fold")
+        for entry in entries:
+            if entry["kind"] == kind:
+                options = ", ".join(option["name"] for option in entry["options"])
+                table.add_row(entry["name"], escape(entry["summary"]), escape(options))
+        console.print(table)
+        console.print()
+    console.print("`graphopt passes NAME` explains one: its rewrite, options and paper.", markup=False)
+
+
+def _print_one(console: Console, found: list[dict[str, Any]]) -> None:
+    for entry in found:
+        console.print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}", markup=False)
+        if entry["options"]:
+            console.print("\noptions:", markup=False)
+        for option in entry["options"]:
+            default = "" if option["default"] == "(required)" else f" = {option['default']}"
+            console.print(f"  {option['name']}: {option['type']}{default}", markup=False)
