@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "factor-low-rank": "graphopt.passes.factor_low_rank:FactorLowRank",
     "merge-factors": "graphopt.passes.merge_factors:MergeFactors",
     "drop-blocks": "graphopt.passes.drop_blocks:DropBlocks",
+    "factor-block-diagonal": "graphopt.passes.factor_block_diagonal:FactorBlockDiagonal",
 }
 
 # Lossless, and on by default. Read from top to bottom.

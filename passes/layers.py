@@ -52,13 +52,10 @@ class Layer:
         """Multiply-adds of the dense layer."""
         return self.second * self.ins * self.outs
 
-    def params_of(self, rank: int) -> int:
-        """Elements of both thin weights."""
-        return rank * (self.ins + self.outs)
-
-    def macs_of(self, rank: int) -> int:
-        """Multiply-adds of both thin layers."""
-        return rank * (self.first * self.ins + self.second * self.outs)
+    @property
+    def bias(self) -> Node | None:
+        """The placeholder of the bias."""
+        return bias_of(self.node)
 
 
 def layer_of(edit: Edit, node: Node, split: str = "channel") -> Layer | str | None:
