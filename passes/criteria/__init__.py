@@ -9,8 +9,21 @@ if TYPE_CHECKING:
     from graphopt.passes.criteria.base import Criterion
 
 CRITERIA: dict[str, str] = {
+    # from weights alone
     "l1": "graphopt.passes.criteria.magnitude:L1",
     "l2": "graphopt.passes.criteria.magnitude:L2",
+    "bn-scale": "graphopt.passes.criteria.bn_scale:BnScale",
+    "geometric-median": "graphopt.passes.criteria.geometric_median:GeometricMedian",
+    "snr": "graphopt.passes.criteria.snr:Snr",
+    # from data, without labels
+    "activation": "graphopt.passes.criteria.activation:Activation",
+    "wanda": "graphopt.passes.criteria.wanda:Wanda",
+    "beta-rank": "graphopt.passes.criteria.beta_rank:BetaRank",
+    "optin": "graphopt.passes.criteria.optin:Optin",
+    # from gradients; labels where there are some
+    "taylor": "graphopt.passes.criteria.taylor:Taylor",
+    "hessian": "graphopt.passes.criteria.hessian:Hessian",
+    # the control
     "random": "graphopt.passes.criteria.random:Random",
 }
 
