@@ -220,9 +220,17 @@ def bench(
 
 def in_turns(bundles: Sequence[Bundle], inputs: Mapping[str, Array], *, seconds: float) -> list[float]:
     """The least time of one run of each bundle, in seconds, timed in turns for `seconds` a bundle."""
-    turns = [_own(bundle, inputs) for bundle in bundles]
-    samples: list[list[float]] = [[] for _ in bundles]
-    deadline = time.perf_counter() + seconds * len(bundles)
+    return _least([_own(bundle, inputs) for bundle in bundles], seconds)
+
+
+def timed_in_turns(runs: Sequence[Run], *, seconds: float) -> list[float]:
+    """As `in_turns`, for what RIVALS prepare."""
+    return _least([lambda run=run: _timed(run) for run in runs], seconds)  # type: ignore[misc]
+
+
+def _least(turns: Sequence[Callable[[], list[float]]], seconds: float) -> list[float]:
+    samples: list[list[float]] = [[] for _ in turns]
+    deadline = time.perf_counter() + seconds * len(turns)
     while len(samples[-1]) < 3 * _PER_TURN or time.perf_counter() < deadline:
         for times, turn in zip(samples, turns, strict=True):
             times += turn()
