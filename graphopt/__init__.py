@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.bundle import Bundle, load
     from graphopt.capture import capture
+    from graphopt.optimize import optimize
     from graphopt.pipeline import compile
     from graphopt.program import Program
+    from graphopt.shrink import shrink
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "Program", "__version__", "capture", "compile", "load"]
+__all__ = ["Bundle", "Program", "__version__", "capture", "compile", "load", "optimize", "shrink"]
 
 _HOMES = {
     "Bundle": "graphopt.bundle",
@@ -30,6 +32,8 @@ _HOMES = {
     "capture": "graphopt.capture",
     "compile": "graphopt.pipeline",
     "load": "graphopt.bundle",
+    "optimize": "graphopt.optimize",
+    "shrink": "graphopt.shrink",
 }
 
 
