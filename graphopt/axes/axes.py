@@ -194,20 +194,20 @@ _VIEWS = frozenset({"transpose", "permute", "t", "numpy_T", "mT", "view", "resha
 
 def is_pointwise(node: Node) -> bool:
     """Whether each element of the result depends on the elements at the same place only."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or operator_of(node) in _POINTWISE
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or operator_of(node) in POINTWISE
 
 
 # Pointwise, though PyTorch does not tag them so: dtypes, copies, other names, and what it writes as compositions.
 _NAMES = """
     clone contiguous to _to_copy type_as copy detach alias lift lift_fresh lift_fresh_copy conj _conj resolve_conj
-    resolve_neg real imag complex polar positive pin_memory data
-    absolute negative add multiply divide true_divide floor_divide subtract rsub fix clip expit special_expit arccos
+    resolve_neg real imag complex polar positive
+    absolute negative add multiply divide true_divide floor_divide subtract rsub fix clip special_expit arccos
     arcsin arctan arctan2 arccosh arcsinh arctanh special_erf special_erfc special_exp2 special_expm1 special_log1p
     special_round special_sinc special_xlogy special_digamma special_gammaln special_logit float_power square
     greater greater_equal less less_equal not_equal isclose isreal __and__ __or__ __xor__ __lshift__ __rshift__
     hardtanh hardswish hardsigmoid leaky_relu rrelu softplus threshold relu6 selu celu elu silu mish gelu logit
-    log_sigmoid log_sigmoid_forward softsign tanhshrink softshrink hardshrink nan_to_num
+    log_sigmoid log_sigmoid_forward softshrink hardshrink nan_to_num
     dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout bernoulli
     masked_fill where fill clamp clamp_min clamp_max maximum minimum addcmul addcdiv lerp
 """
-_POINTWISE = frozenset(_NAMES.split())
+POINTWISE = frozenset(_NAMES.split())

@@ -103,15 +103,19 @@ class Inference:
                 dims = pointwise(call)
             else:
                 raise GaveUp("no rule for this operator")
+            self.check(node, dims)
         except GaveUp as reason:
             dims = self.give_up(node, call, str(reason))
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # An argument of a kind that the rule does not expect. What it stated so far is true of any call.
+            dims = self.give_up(node, call, f"its rule failed, {type(error).__name__}: {error}")
         self.dims[node] = dims
-        self.check(node, dims)
 
     def give_up(self, node: Node, call: Call, reason: str) -> Any:
         """Pin everything around a call that no rule covers, and say so."""
         self.unknown.append(Decline(place(node), f"{op_name(node)}: {reason}; its axes are pinned"))
         self.literals.pop(node, None)
+        self.targets.pop(node, None)
         for source in node.all_input_nodes:
             for own in results_of(self.dims.get(source) or []):
                 for axis in own:

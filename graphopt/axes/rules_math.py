@@ -10,6 +10,7 @@ from torch.fx import Node
 from graphopt.axes import axis as ax
 from graphopt.axes.axis import Axis
 from graphopt.axes.call import Call, Dims, GaveUp, Several, rule
+from graphopt.axes.table import SIGNATURES
 
 
 def _product(call: Call, a: Any, b: Any) -> Dims:
@@ -24,18 +25,53 @@ def _product(call: Call, a: Any, b: Any) -> Dims:
     return call.broadcast([x[:-2], y[:-2]], batch) + own
 
 
-@rule("matmul")
+@rule("matmul", "linalg_matmul")
 def matmul(call: Call) -> Dims:
     """Batched matrix product, batch dimensions broadcast."""
-    return _product(call, call.arg("self"), call.arg("other"))
+    return _product(call, call.arg("self" if call.has("self") else "input"), call.arg("other"))
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm", "addmv")
 def addmm(call: Call) -> Dims:
     """A matrix product and something that is broadcast to it."""
-    first, second = ("mat1", "mat2") if call.has("mat1") else ("batch1", "batch2")
+    pairs = (("mat1", "mat2"), ("batch1", "batch2"), ("mat", "vec"))
+    first, second = next(pair for pair in pairs if call.has(pair[0]))
     out = _product(call, call.arg(first), call.arg(second))
     return call.broadcast([out, call.dims(call.arg("self"))], call.shape)
+
+
+@rule("tensordot")
+def tensordot(call: Call) -> Dims:
+    """Some dimensions of one tensor are summed over with some of the other; the rest stay in order."""
+    out: Dims = []
+    summed: list[Dims] = []
+    for tensor, places in (("self", "dims_self"), ("other", "dims_other")):
+        dims = call.dims(call.arg(tensor))
+        chosen = [int(place) % len(dims) for place in call.arg(places)]
+        for place in chosen:
+            call.contracted(call.arg(tensor), place)
+        summed.append([dims[place] for place in chosen])
+        out += [axis for place, axis in enumerate(dims) if place not in chosen]
+    for a, b in zip(*summed, strict=True):
+        call.unify(a, b)
+    return out
+
+
+@rule("cosine_similarity", "pairwise_distance", "linalg_vecdot")
+def compare(call: Call) -> Dims:
+    """Two tensors, broadcast against each other, are summed over one dimension."""
+    names = ("x", "y") if call.has("x") else ("x1", "x2")
+    dims = [call.dims(call.arg(name)) for name in names]
+    if len(dims[0]) != len(dims[1]):
+        raise GaveUp("tensors of different ranks")
+    if call.has("p"):
+        call.pin(dims[0][-1], "a little is added to each difference")
+    place = call.dim("dim", len(dims[0])) if call.has("dim") else len(dims[0]) - 1
+    out = call.broadcast(dims, [max(a.extent, b.extent) for a, b in zip(*dims, strict=True)])
+    for name in names:
+        call.contracted(call.arg(name), place)
+    kept = [Axis(1)] if call.arg("keepdim", False) else []
+    return [*out[:place], *kept, *out[place + 1 :]]
 
 
 @rule("einsum")
@@ -70,6 +106,8 @@ def einsum(call: Call) -> Dims:
                 call.contracted(operand, place)
     before, dots, after = result.partition("...")
     if not dots:
+        if leading:
+            raise GaveUp("it sums over its ellipsis")
         return [env[letter] for letter in result]
     shape = call.shape[len(before) : len(call.shape) - len(after)]
     return [env[n] for n in before] + call.broadcast(leading, shape) + [env[n] for n in after]
@@ -84,6 +122,7 @@ def _reduce(call: Call, *, statistics: bool = False, pinned: str | None = None) 
     whole = not call.has("dim")
     places = list(range(len(dims))) if whole else call.dim_list("dim", len(dims))
     for place in places:
+        call.contracted(source, place)
         if statistics:
             call.statistics(dims[place])
         if pinned:
@@ -98,7 +137,9 @@ def _reduce(call: Call, *, statistics: bool = False, pinned: str | None = None) 
 @rule("sum", "linalg_vector_norm", "norm", "any", "count_nonzero", "nansum")
 def total(call: Call) -> Dims | Several:
     """Reductions in which zeros do not count."""
-    return _reduce(call)
+    order = next((call.arg(name) for name in ("ord", "p") if call.has(name)), None)
+    negative = isinstance(order, (int, float)) and order < 0
+    return _reduce(call, pinned="a norm of negative order" if negative else None)
 
 
 @rule("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "prod", "all", "logsumexp", "nanmean", "aminmax")
@@ -117,12 +158,21 @@ def choose(call: Call) -> Dims | Several:
     return _reduce(call, pinned="its order matters")
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "softmin")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
 def softmax(call: Call) -> Dims:
     """Normalised over one dimension."""
     dims = call.dims(call.arg("self"))
     if dims:
         call.statistics(dims[call.dim("dim", len(dims))])
+    return dims
+
+
+@rule("prelu")
+def prelu(call: Call) -> Dims:
+    """A slope for all, or one per channel."""
+    dims, weight = call.dims(call.arg("self")), call.dims(call.arg("weight"))
+    if weight and len(dims) > 1 and weight[0].extent == dims[1].extent:
+        call.unify(weight[0], dims[1])
     return dims
 
 
@@ -174,14 +224,16 @@ def group_norm(call: Call) -> Dims:
     return dims
 
 
-@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(call: Call) -> Dims | Several:
     """Every channel on its own; statistics over batch and space, where they are not fixed."""
     dims = call.dims(call.arg("input"))
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.tie([dims[1]], call.dims(call.arg(name)))
-    for axis in [dims[0], *dims[2:]]:
-        call.statistics(axis)
+    own = call.arg("use_input_stats", False)
+    for axis in [*dims[2:], *([] if own else dims[:1])]:
+        if own or call.arg("training", False):
+            call.statistics(axis)
     call.role(dims[1], "channel")
     if isinstance(call.node.meta["val"], (list, tuple)):
         return [dims, *(call.fresh(shape, pin="statistics") for shape in call.shapes[1:])]
@@ -199,8 +251,12 @@ def attention(call: Call) -> Dims:
     call.unify(k[-2], v[-2])
     for axis in (q[-1], v[-1]):
         call.role(axis, "head_dim")
+    for name, dims in (("query", q), ("key", k)):
+        call.contracted(call.arg(name), len(dims) - 1)
     heads = q[:-2]
     if call.arg("enable_gqa", False) and len(q) > 2 and k[-3].extent != q[-3].extent:
+        if v[-3].extent != k[-3].extent:
+            raise GaveUp("keys and values have different heads")
         call.unify(k[-3], v[-3])
         share = Axis(q[-3].extent // k[-3].extent)
         call.role(share, "query_group")
@@ -258,9 +314,82 @@ def recurrent(call: Call) -> Several:
                     call.contracted(param, 1)
         incoming = ax.concatenation([hidden] * two)
     results = [[*x[:-1], incoming]]
+    if len(x) == 3:
+        time, batch = (x[1], x[0]) if call.arg("batch_first") else (x[0], x[1])
+    else:
+        time, batch = x[0], None
+    call.pin(time, "one step after another")
     for state in states:
         dims = call.dims(state)
         call.pin(dims[0], "layers of states")
         call.unify(dims[-1], hidden)
+        if batch is not None:
+            call.unify(dims[1], batch)
         results.append([dims[0], *dims[1:-1], hidden])
     return results
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(call: Call) -> Dims | Several:
+    """One step: gates are stacked in the first dimension of the weights."""
+    x, states = call.dims(call.arg("input")), call.arg("hx")
+    states = list(states) if isinstance(states, (list, tuple)) else [states]
+    hidden = call.dims(states[0])[-1]
+    call.role(hidden, "neuron")
+    for state in states:
+        dims = call.dims(state)
+        call.unify(dims[-1], hidden)
+        call.tie(dims[:-1], x[:-1])
+    for name, incoming in (("w_ih", x[-1]), ("w_hh", hidden), ("b_ih", None), ("b_hh", None)):
+        dims = call.dims(call.arg(name))
+        if dims:
+            gates = call.pinned_axis(dims[0].extent // hidden.extent, "gates")
+            call.unify(dims[0], ax.product([gates, hidden]))
+        if incoming is not None:
+            call.unify(dims[1], incoming)
+            call.contracted(call.arg(name), 1)
+    result = [*x[:-1], hidden]
+    return [list(result) for _ in call.shapes] if isinstance(call.node.meta["val"], (list, tuple)) else result
+
+
+# Transforms, convolutions in one operator -----------------------------------------------------------------------------
+
+
+@rule(
+    "fft_fft",
+    "fft_ifft",
+    "fft_rfft",
+    "fft_irfft",
+    "fft_hfft",
+    "fft_ihfft",
+    "fft_fft2",
+    "fft_ifft2",
+    "fft_rfft2",
+    "fft_irfft2",
+    "fft_fftn",
+    "fft_ifftn",
+    "fft_rfftn",
+    "fft_irfftn",
+    "fft_fftshift",
+    "fft_ifftshift",
+)
+def transform(call: Call) -> Dims:
+    """Fourier transforms mix the items of some dimensions."""
+    dims = call.dims(call.arg("self"))
+    sizes = call.arg("s", None)
+    places = call.dim_list("dim", len(dims))
+    if call.arg("dim") is None and sizes is not None:
+        places = list(range(len(dims) - len(sizes), len(dims)))
+    for place in places:
+        call.pin(dims[place], "mixed by a Fourier transform")
+    out = call.fresh(pin="mixed by a Fourier transform")
+    return [new if place in places else axis for place, (axis, new) in enumerate(zip(dims, out, strict=True))]
+
+
+@rule("convolution")
+def convolution(call: Call) -> Dims | Several:
+    """Any convolution, as decompositions write it."""
+    space = len(call.arg("stride"))
+    if call.arg("transposed"):
+        return call.apply(SIGNATURES[f"conv_transpose{space}d"])
+    return call.apply(SIGNATURES[f"conv{space}d"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from graphopt.axes import axis as ax
 from graphopt.axes.axis import Axis
-from graphopt.axes.call import Call, Dims, Offset, Several, rule
+from graphopt.axes.call import Call, Dims, GaveUp, Offset, Several, rule
 
 aten = torch.ops.aten
 
@@ -91,8 +92,10 @@ def slice_(call: Call) -> Dims:
             call.pin(axis, "strided slice")
             outer = call.fresh(pin="strided slice")[place]
         return [*dims[:place], outer, *dims[place + 1 :]]
-    if stop <= start:
-        return call.fresh(pin="empty slice")
+    if stop <= start:  # it must stay empty
+        call.literal("start", 0)
+        call.literal("end", 0)
+        return [*dims[:place], Axis(0), *dims[place + 1 :]]
     segment = _cut(call, axis, start, stop)
     call.literal("start", Offset(axis, start))
     call.literal("end", Offset(axis, stop))
@@ -126,36 +129,62 @@ def select(call: Call) -> Dims:
     return dims[:place] + dims[place + 1 :]
 
 
-@rule("select_scatter", "slice_scatter", "diagonal_scatter", "scatter", "scatter_add", "scatter_reduce", "index_put")
+@rule("select_scatter", "slice_scatter", "scatter", "scatter_add", "scatter_reduce")
 def scatter(call: Call) -> Dims:
-    """Items are overwritten: dimensions of one extent are the same; where anything is addressed they are pinned."""
+    """Items along one dimension are overwritten: it is pinned; in the others all agree."""
     dims = call.dims(call.arg("self"))
-    source = next((call.arg(name) for name in ("src", "values") if call.has(name)), None)
-    others = call.dims(source)
-    name = str(call.node.target)
-    if "index_put" in name:
-        indices = call.arg("indices")
-        for place, item in enumerate(indices):
-            if item is not None:
-                call.pin(dims[place], "written by index")
-        for axis in [axis for item in indices for axis in call.dims(item)]:
-            call.pin(axis, "index")
-        call.tie(dims[len(indices) :], others)
-        for axis in others[: max(0, len(others) - len(dims) + len(indices))]:
-            call.pin(axis, "written by index")
-        return dims
-    place = call.dim("dim", len(dims)) if call.has("dim") else 0
-    call.pin(dims[place], "written by index")
-    if "select_scatter" in name:
+    place = call.dim("dim", len(dims))
+    others = call.dims(call.arg("src", None))
+    if "select_scatter" in str(call.node.target):
         others = [*others[:place], Axis(1), *others[place:]]
-    for tensor in (others, call.dims(call.arg("index")) if "scatter" in name and call.has("index") else []):
+    call.pin(dims[place], "written by index")
+    by_index = "slice" not in str(call.node.target) and "select" not in str(call.node.target)
+    for tensor in (others, call.dims(call.arg("index")) if by_index else []):
+        if tensor and len(tensor) != len(dims):
+            raise GaveUp("a scalar among its tensors")
         for n, axis in enumerate(tensor):
             if n != place and axis.extent == dims[n].extent:
                 call.unify(axis, dims[n])
-            elif axis.extent != 1:
+            else:
                 call.pin(axis, "written by index")
                 call.pin(dims[n], "written by index")
     return dims
+
+
+@rule("index_add", "index_copy", "index_fill", "index_reduce")
+def index_add(call: Call) -> Dims:
+    """Slices along one dimension are overwritten: it is pinned; in the others the source agrees."""
+    dims = call.dims(call.arg("self"))
+    place = call.dim("dim", len(dims))
+    source = call.dims(call.arg("source", None))
+    for axis in (dims[place], *call.dims(call.arg("index")), *source[place : place + 1]):
+        call.pin(axis, "written by index")
+    if len(source) == len(dims):
+        for n, axis in enumerate(source):
+            if n != place:
+                call.unify(axis, dims[n])
+    return dims
+
+
+@rule("index_put")
+def index_put(call: Call) -> Dims:
+    """Elements are overwritten where tensors of indices say: indexed dimensions and indices are pinned."""
+    dims, indices = call.dims(call.arg("self")), list(call.arg("indices"))
+    values = call.dims(call.arg("values"))
+    plain = all(item is not None and not _is_mask(item) for item in indices)
+    pinned = [*dims[: len(indices)], *values[: max(0, len(values) - len(dims) + len(indices))]]
+    for axis in pinned if plain else [*dims, *values]:
+        call.pin(axis, "written by index")
+    for item in indices:
+        for axis in call.dims(item):
+            call.pin(axis, "index")
+    if plain:
+        call.tie(dims[len(indices) :], values)
+    return dims
+
+
+def _is_mask(item: Node) -> bool:
+    return item.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 @rule("index", "_unsafe_index")
@@ -164,10 +193,12 @@ def index(call: Call) -> Dims:
     dims, indices = call.dims(call.arg("self")), list(call.arg("indices"))
     indices += [None] * (len(dims) - len(indices))
     given = [place for place, item in enumerate(indices) if item is not None]
+    if any(_is_mask(indices[place]) for place in given):
+        raise GaveUp("looked up by a mask")
+    if len(given) == 1 and (run := _run(call.constant(indices[given[0]]), dims[given[0]].extent)):
+        return _as_slice(call, dims, given[0], *run)
     for place in given:
         call.pin(dims[place], "looked up by index")
-    if any(item is not None and item.meta["val"].dtype in (torch.bool, torch.uint8) for item in indices):
-        return call.fresh(pin="looked up by a mask")
     tensors = [call.dims(indices[place]) for place in given]
     rank = max((len(item) for item in tensors), default=0)
     first = given[0] if given == list(range(given[0], given[-1] + 1)) else 0
@@ -176,11 +207,32 @@ def index(call: Call) -> Dims:
     return rest[:first] + looked_up + rest[first:]
 
 
+def _run(indices: Tensor | None, size: int) -> tuple[int, int] | None:
+    """The first and the end of stored indices that are consecutive; None for any others."""
+    if indices is None or indices.dim() != 1 or not indices.numel():
+        return None
+    values = [int(item) % size for item in indices]
+    return (values[0], values[-1] + 1) if values == list(range(values[0], values[-1] + 1)) else None
+
+
+def _as_slice(call: Call, dims: Dims, place: int, start: int, stop: int) -> Dims:
+    """Consecutive indices are a slice, and become one when they shrink."""
+    segment = _cut(call, dims[place], start, stop)
+    call.retarget(aten.slice.Tensor)
+    for name, value in (("self", call.arg("self")), ("dim", place)):
+        call.literal(name, value)
+    call.literal("start", Offset(dims[place], start))
+    call.literal("end", Offset(dims[place], stop))
+    return [*dims[:place], segment, *dims[place + 1 :]]
+
+
 @rule("index_select")
 def index_select(call: Call) -> Dims:
     """One dimension is looked up by a list of indices."""
     dims = call.dims(call.arg("self"))
     place = call.dim("dim", len(dims))
+    if dims and (run := _run(call.constant(call.arg("index")), dims[place].extent)):
+        return _as_slice(call, dims, place, *run)
     call.pin(dims[place], "looked up by index")
     found = call.dims(call.arg("index")) or [Axis(1)]
     return [*dims[:place], *found, *dims[place + 1 :]]
@@ -189,18 +241,55 @@ def index_select(call: Call) -> Dims:
 @rule("gather", "take_along_dim")
 def gather(call: Call) -> Dims:
     """Each element is looked up along one dimension; in the others index and table agree."""
-    dims, indices = call.dims(call.arg("self")), call.dims(call.arg("index" if call.has("index") else "indices"))
+    broadcast = call.has("indices")
+    dims, indices = call.dims(call.arg("self")), call.dims(call.arg("indices" if broadcast else "index"))
+    if call.arg("dim") is None or len(dims) != len(indices):
+        raise GaveUp("looked up in all dimensions at once")
     place = call.dim("dim", len(dims))
     call.pin(dims[place], "looked up by index")
+    out = []
     for n, (axis, other) in enumerate(zip(dims, indices, strict=True)):
-        if n != place and axis.extent == other.extent:
+        if n == place:
+            out.append(other)
+        elif axis.extent == other.extent:
             call.unify(axis, other)
-        elif n != place:
+            out.append(other)
+        elif broadcast and 1 in (axis.extent, other.extent):
+            out.append(other if axis.extent == 1 else axis)
+        else:
             call.pin(axis, "looked up by index")
-    return indices
+            call.pin(other, "looked up by index")
+            out.append(other)
+    return out
 
 
-@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+@rule("bucketize")
+def bucketize(call: Call) -> Dims:
+    """The place of each element among boundaries, which is known by its number."""
+    for axis in call.dims(call.arg("boundaries")):
+        call.pin(axis, "numbered items")
+    return call.dims(call.arg("self"))
+
+
+@rule("isin")
+def isin(call: Call) -> Dims:
+    """Whether each element is one of some."""
+    for axis in call.dims(call.arg("test_elements", None)):
+        call.pin(axis, "a set of values")
+    return call.dims(call.arg("elements", None))
+
+
+@rule(
+    "constant_pad_nd",
+    "pad",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "_pad_circular",
+)
 def pad(call: Call) -> Dims:
     """A dimension with constants in front and behind is a concatenation; with anything else it is pinned."""
     dims, out = call.dims(call.arg("self")), call.fresh()
@@ -223,8 +312,9 @@ def pad(call: Call) -> Dims:
 def ordered(call: Call) -> Dims | Several:
     """The order of items along some dimensions matters: they are pinned."""
     dims = call.dims(call.arg("self"))
-    name = str(call.node.target)
-    if "tri" in name:
+    if any(isinstance(call.arg(name, None), Node) for name in ("prepend", "append")):
+        raise GaveUp("something is put in front or behind")
+    if "tri" in str(call.node.target):
         places = [len(dims) - 2, len(dims) - 1]
     else:
         places = call.dim_list("dims" if call.has("dims") else "dim", len(dims))
@@ -252,11 +342,3 @@ def order(call: Call) -> Dims | Several:
         return out
 
     return [result() for _ in call.shapes] if several else result()
-
-
-@rule("getitem")
-def getitem(call: Call) -> Dims:
-    """One of several results."""
-    source, place = call.node.args
-    assert isinstance(source, Node)
-    return call.dims(source)[place]  # type: ignore[index,return-value]

@@ -6,7 +6,7 @@ import torch
 
 from graphopt.axes import axis as ax
 from graphopt.axes.axis import Axis
-from graphopt.axes.call import Call, Dims, Several, rule
+from graphopt.axes.call import Call, Dims, GaveUp, Several, rule
 
 aten = torch.ops.aten
 
@@ -15,18 +15,36 @@ aten = torch.ops.aten
 def view(call: Call) -> Dims:
     """The same elements in row-major order: the factors of both shapes are made to agree."""
     dims, out = call.dims(call.arg("self")), call.fresh()
+    if not (call.has("size") or call.has("shape")):  # another dtype for the same bytes
+        if len(dims) != len(out) or any(a.extent != b.extent for a, b in zip(dims, out, strict=True)):
+            raise GaveUp("a dtype of another size")
+        return dims
     call.reshape(dims, out)
-    size = "size" if call.has("size") else "shape"
-    call.literal(size, list(out))
+    # Slicing makes weights contiguous, after which not every view is one.
+    call.retarget(aten.reshape.default)
+    call.literal("self", call.arg("self"))
+    call.literal("shape", list(out))
     return out
 
 
-@rule("flatten", "squeeze", "unsqueeze", "ravel")
-def squeeze(call: Call) -> Dims:
+@rule("flatten", "unsqueeze", "ravel")
+def flatten(call: Call) -> Dims:
     """As view, without sizes among the arguments."""
     out = call.fresh()
     call.reshape(call.dims(call.arg("self")), out)
     return out
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> Dims:
+    """Dimensions of extent 1 go; when others shrink to 1 they stay, so those that go are named."""
+    dims = call.dims(call.arg("self"))
+    places = call.dim_list("dim", len(dims)) if call.has("dim") else list(range(len(dims)))
+    gone = [place for place in places if dims[place].extent == 1]
+    call.retarget(aten.squeeze.dims)
+    call.literal("self", call.arg("self"))
+    call.literal("dim", gone)
+    return [axis for place, axis in enumerate(dims) if place not in gone]
 
 
 @rule("unflatten")
@@ -54,7 +72,7 @@ def permute(call: Call) -> Dims:
     return [dims[place] for place in call.dim_list("dims", len(dims))]
 
 
-@rule("movedim")
+@rule("movedim", "moveaxis")
 def movedim(call: Call) -> Dims:
     """Some dimensions go elsewhere, the others stay in order."""
     dims = call.dims(call.arg("self"))
@@ -68,15 +86,23 @@ def movedim(call: Call) -> Dims:
 def transpose(call: Call) -> Dims:
     """Two dimensions change places."""
     dims = call.dims(call.arg("self"))
-    first, second = (call.dim(name, len(dims)) for name in ("dim0", "dim1"))
+    names = ("axis0", "axis1") if call.has("axis0") else ("dim0", "dim1")
+    first, second = (call.dim(name, len(dims)) for name in names)
     dims[first], dims[second] = dims[second], dims[first]
     return dims
 
 
-@rule("t", "numpy_T", "mT", "matrix_H", "adjoint")
+@rule("t", "numpy_T")
 def t(call: Call) -> Dims:
-    """All dimensions in reverse, of matrices as a rule."""
+    """All dimensions in reverse."""
     return call.dims(call.arg("self"))[::-1]
+
+
+@rule("mT", "mH", "matrix_H", "adjoint")
+def matrix_transpose(call: Call) -> Dims:
+    """The last two dimensions change places."""
+    dims = call.dims(call.arg("self"))
+    return [*dims[:-2], dims[-1], dims[-2]]
 
 
 @rule("expand")
@@ -120,23 +146,23 @@ def repeat(call: Call) -> Dims:
     copies = [Axis(count) for count in counts]
     dims = [Axis(1)] * (len(shape) - len(dims)) + dims
     call.literal(name, list(copies[len(shape) - len(call.arg(name)) :]))
-    return [ax.product([copy, axis]) if copy.extent * axis.extent > 1 else axis for copy, axis in zip(copies, dims)]  # noqa: B905
+    return [ax.product([c, own]) if c.extent * own.extent != 1 else own for c, own in zip(copies, dims, strict=True)]
 
 
 @rule("repeat_interleave")
 def repeat_interleave(call: Call) -> Dims:
     """Each item several times in a row: the copies are the inner factor."""
     if not isinstance(call.arg("repeats", None), int):
-        return call.fresh(pin="repeated by a tensor")
+        raise GaveUp("repeated by a tensor")
     dims, place = call.dims(call.arg("self")), call.arg("dim")
     copies = Axis(int(call.arg("repeats")))
     call.literal("repeats", copies)
     call.role(copies, "copies")
-    if place is None:
-        return [ax.product([*dims, copies])]
-    place %= len(dims)
-    dims[place] = ax.product([dims[place], copies])
-    return dims
+    place = place if place is None else int(place) % len(dims)
+    repeated = ax.product([*(dims if place is None else [dims[place]]), copies])
+    if call.arg("output_size", None) is not None:
+        call.literal("output_size", repeated)
+    return [repeated] if place is None else [*dims[:place], repeated, *dims[place + 1 :]]
 
 
 @rule("pixel_shuffle", "pixel_unshuffle")
@@ -166,6 +192,18 @@ def im2col(call: Call) -> Dims:
     return out
 
 
+@rule("col2im")
+def col2im(call: Call) -> Dims:
+    """Columns, each channels times window, are added into an image."""
+    dims, out = call.dims(call.arg("self")), call.fresh()
+    window = call.pinned_axis(dims[-2].extent // out[-3].extent, "spatial")
+    for axis in (dims[-1], *out[-2:]):
+        call.pin(axis, "spatial")
+    call.unify(dims[-2], ax.product([out[-3], window]))
+    call.tie(dims[:-2], out[:-3])
+    return out
+
+
 @rule("unfold")
 def unfold(call: Call) -> Dims:
     """Sliding windows over one dimension, which become the last one."""
@@ -190,3 +228,40 @@ def create(call: Call) -> Dims:
 def like(call: Call) -> Dims:
     """A tensor of another one's shape."""
     return call.dims(call.arg("self"))
+
+
+@rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randperm", "scalar_tensor", "randint")
+def numbered(call: Call) -> Dims:
+    """Values made from numbers: what they mean hangs on their place."""
+    return call.fresh(pin="numbered items")
+
+
+@rule("one_hot")
+def one_hot(call: Call) -> Dims:
+    """A new last dimension over all classes, which are known by their number."""
+    return [*call.dims(call.arg("self")), call.pinned_axis(call.shape[-1], "numbered classes")]
+
+
+@rule("view_as_complex")
+def view_as_complex(call: Call) -> Dims:
+    """The last dimension is real and imaginary part."""
+    dims = call.dims(call.arg("self"))
+    call.pin(dims[-1], "real and imaginary part")
+    return dims[:-1]
+
+
+@rule("view_as_real")
+def view_as_real(call: Call) -> Dims:
+    """A new last dimension: real and imaginary part."""
+    return [*call.dims(call.arg("self")), call.pinned_axis(2, "real and imaginary part")]
+
+
+@rule("diagonal", "linalg_diagonal")
+def diagonal(call: Call) -> Dims:
+    """The diagonal of two dimensions becomes the last one."""
+    dims = call.dims(call.arg("self" if call.has("self") else "A"))
+    places = [call.dim(name, len(dims)) for name in ("dim1", "dim2")]
+    for place in places:
+        call.pin(dims[place], "a diagonal is taken")
+    rest = [axis for place, axis in enumerate(dims) if place not in places]
+    return [*rest, call.pinned_axis(call.shape[-1], "a diagonal")]

@@ -29,8 +29,12 @@ SIGNATURES: dict[str, Signature] = {
     "mm": Signature("m k, k n -> m n", roles={"k": "neuron"}),
     "bmm": Signature("b m k, b k n -> b m n"),
     "mv": Signature("m k, k -> m"),
-    "dot": Signature("k, k ->"),
+    **dict.fromkeys(("dot", "vdot"), Signature("k, k ->")),
     "outer": Signature("m, n -> m n"),
+    "inner": Signature("... k, n k -> ... n"),
+    "addr": Signature("m n, m, n -> m n"),
+    "bilinear": Signature("... i, ... j, o i j, o? -> ... o", roles={"o": "neuron", "i": "neuron", "j": "neuron"}),
+    "cdist": Signature("... m k, ... n k -> ... m n"),
     "embedding": Signature("v! c, ... -> ... c", reason="looked up by index", roles={"c": "embedding"}),
     # Convolutions
     "conv1d": _convolution("x"),
@@ -51,5 +55,8 @@ SIGNATURES: dict[str, Signature] = {
     "grid_sampler": Signature("n c y! x!, n v! u! d! -> n c v! u!"),
     "grid_sampler_2d": Signature("n c y! x!, n v! u! d! -> n c v! u!"),
     # Rearrangements of channels and space
-    "channel_shuffle": Signature("n (g c) y! x! -> n (c g) y! x!", literals=_GROUPS, roles=_CHANNELS),
+    **dict.fromkeys(
+        ("channel_shuffle", "native_channel_shuffle"),
+        Signature("n (g c) y! x! -> n (c g) y! x!", literals=_GROUPS, roles=_CHANNELS),
+    ),
 }
