@@ -115,6 +115,7 @@ def copies(axes: Axes, dim: Axis, atom: Axis, summed: bool) -> int:
     own = next((n for part in dim.parts if (n := copies(axes, part, atom, summed))), 0)
     for part in dim.parts:
         inner = atoms(part)
-        if atom not in inner and not summed and not any(axes.role(other) for other in inner):
+        beside = all(other.pinned and axes.role(other) in ("", "neuron") for other in inner)
+        if beside and not summed and atom not in inner:
             own *= part.extent
     return own
