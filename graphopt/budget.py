@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.axes import Axes, Axis
-from graphopt.cost import Compiled, Polynomial, cost_model
+from graphopt.cost import Compiled, Polynomial, cost_model, latency_model
 
 if TYPE_CHECKING:
     from graphopt.targets.target import Target
@@ -100,16 +100,8 @@ def meter(kind: str, axes: Axes, variables: Sequence[Axis], target: Target | Non
     """What measures one of KINDS. Latency, in seconds, needs a target."""
     if kind == "latency":
         assert target is not None, "a latency is that on a target"
-        import graphopt.cost
-
-        model = graphopt.cost.latency_model(axes, target)  # type: ignore[attr-defined]
-        names = tuple(variables)
-
-        def latency(sizes: Ints) -> Floats:
-            rows = [model(dict(zip(names, map(int, row), strict=True))) for row in sizes]
-            return np.array(rows, np.float64)
-
-        return Meter(variables, latency)
+        model = latency_model(axes, target)
+        return Meter(variables, lambda sizes: model.many(sizes, variables))
     compiled = Compiled([fixed(cost_model(axes).total[_POLYNOMIAL[kind]], variables)], variables)
     return Meter(variables, lambda sizes: compiled(sizes)[..., 0].astype(np.float64))
 

@@ -16,11 +16,19 @@ PASSES: dict[str, str] = {
         "graphopt.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
     ),
     "eliminate-dead-code": "graphopt.passes.eliminate_dead_code:EliminateDeadCode",
+    "prune": "graphopt.passes.prune:Prune",
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
+    "prune-neurons": "graphopt.passes.prune_neurons:PruneNeurons",
+    "prune-heads": "graphopt.passes.prune_heads:PruneHeads",
+    "prune-head-dims": "graphopt.passes.prune_head_dims:PruneHeadDims",
+    "prune-embeddings": "graphopt.passes.prune_embeddings:PruneEmbeddings",
+    "nvit": "graphopt.passes.nvit:Nvit",
+    "optin": "graphopt.passes.optin:Optin",
     "factor-low-rank": "graphopt.passes.factor_low_rank:FactorLowRank",
     "merge-factors": "graphopt.passes.merge_factors:MergeFactors",
-    "drop-blocks": "graphopt.passes.drop_blocks:DropBlocks",
     "factor-block-diagonal": "graphopt.passes.factor_block_diagonal:FactorBlockDiagonal",
+    "drop-blocks": "graphopt.passes.drop_blocks:DropBlocks",
+    "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
 }
 
 # Lossless, and on by default. Read from top to bottom.

@@ -1,4 +1,4 @@
-"""Remove channels, neurons, heads and parts of heads together until a budget is met."""
+"""Remove channels, neurons and heads together until a budget is met."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Prune(Reduction):
     """Shrink whatever may be shrunk but the residual stream of transformers, all under one budget.
 
         before  conv (o=64 ..), q (h=12 d=64, ..), up (n=3072, ..)
-        after   conv (o=40 ..), q (h=9 d=56, ..), up (n=1800, ..)
+        after   conv (o=40 ..), q (h=9 d=64, ..), up (n=1800, ..)
 
     What the budget asks for comes from where it loses least, whatever kind it is: that is what the allocation decides
     on. `axes` are the roles that take part. The width of residual streams couples every layer; prune-embeddings cuts
@@ -26,7 +26,7 @@ class Prune(Reduction):
     """
 
     name: ClassVar[str] = "prune"
-    roles: ClassVar[tuple[str, ...]] = ("channel", "neuron", "head", "head_dim")
+    roles: ClassVar[tuple[str, ...]] = ("channel", "neuron", "head", "query_group")
 
     axes: tuple[str, ...] = ("channel", "neuron", "head", "query_group")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphopt.axes import Axes, Axis, infer
 from graphopt.budget import SLACK, Budget, Meter, meter
+from graphopt.cost import alignment
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, Decline
 from graphopt.passes import allocation as allocations
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from graphopt.calibration import Calibration
     from graphopt.targets.target import Target
 
-# Roles whose items are counted, not vectorised: they are never rounded.
+# Without a target: roles whose items are counted, not vectorised, are not rounded, the others to this.
 _COUNTED = ("head", "query_group", "expert", "token")
+_PREFERRED = 8
 # An axis keeps at least so many rungs: its step is halved until it has.
 _RUNGS = 4
 
@@ -77,19 +79,23 @@ class Reduction(Pass):
 
     # What subclasses may change ---------------------------------------------------------------------------------------
 
+    @property
+    def cut_roles(self) -> tuple[str, ...]:
+        """The roles of the axes that this pass cuts."""
+        return self.roles
+
     def pick(self, axes: Axes) -> tuple[Axis, ...]:
         """The free axes that this pass cuts, before `include` and `exclude`."""
-        return axes.free(*self.roles)
-
-    def weigh(self, axes: Axes, scores: dict[Axis, Tensor]) -> dict[Axis, Tensor]:
-        """The scores that are compared; by default the criterion's own."""
-        return scores
+        return axes.free(*self.cut_roles)
 
     def step_of(self, axes: Axes, axis: Axis) -> int:
         """The multiple that is wanted of what stays of an axis, before it is fitted to the axis."""
         if self.step != "auto":
             return int(self.step)
-        return 1 if axes.role(axis) in _COUNTED else preferred(self.on_target)
+        role, target = axes.role(axis), self.on_target
+        if target is not None:
+            return alignment(target, role)
+        return 1 if role in _COUNTED else _PREFERRED
 
     def floor_of(self, axes: Axes, axis: Axis) -> int:
         """The least that stays of an axis, in items."""
@@ -123,10 +129,10 @@ class Reduction(Pass):
         declined: list[Decline] = []
         wanted = self.wanted(axes, declined)
         if not wanted:
-            declined.append(Decline(axes.program.name, f"no free axis of role {' or '.join(self.roles)}"))
+            declined.append(Decline(axes.program.name, f"no free axis of role {' or '.join(self.cut_roles)}"))
             if self.budget is None:
                 return Plan({}, {}, declined)
-        scores = self.score(axes, wanted) if wanted else {}
+        scores = self.score(axes, wanted, declined) if wanted else {}
         sizes = self.allocate(axes, scores, declined)
         keep = {axis: top(scores[axis], size) for axis, size in sizes.items() if size < axis.extent}
         return Plan(keep, scores, declined)
@@ -148,7 +154,7 @@ class Reduction(Pass):
     def wanted(self, axes: Axes, declined: list[Decline]) -> tuple[Axis, ...]:
         """The axes to cut; declines those of these roles that are pinned."""
         for axis in axes.atoms:
-            if axis.pinned is not None and axes.role(axis) in self.roles:
+            if axis.pinned is not None and axes.role(axis) in self.cut_roles:
                 declined.append(Decline(f"{axis.label} ({axes.where(axis)})", f"axis is pinned: {axis.pinned}"))
         chosen = []
         for axis in self.pick(axes):
@@ -161,12 +167,13 @@ class Reduction(Pass):
             chosen.append(axis)
         return tuple(chosen)
 
-    def score(self, axes: Axes, wanted: Sequence[Axis]) -> dict[Axis, Tensor]:
-        """The weighed scores of the wanted axes."""
+    def score(self, axes: Axes, wanted: Sequence[Axis], declined: list[Decline]) -> dict[Axis, Tensor]:
+        """The scores of the wanted axes; notes those that the criterion does not apply to."""
         criterion = self.made_criterion()
+        declined += criterion.fallbacks(axes, wanted)
         data = self.read_calibration(axes) if criterion.needs_calibration else None
         found = criterion.scores(axes, wanted, data)
-        return self.weigh(axes, {axis: found[axis] for axis in wanted})
+        return {axis: found[axis] for axis in wanted}
 
     def made_criterion(self) -> Criterion:
         """The criterion with its options. Raises BadOption."""
@@ -205,7 +212,7 @@ class Reduction(Pass):
         got = gauge(sizes)
         if got < (1 - SLACK) * problem.limit and got < gauge.full:
             used, asked = (self.budget.show(value, gauge.full) for value in (got, problem.limit))
-            reason = f"{used} of {asked} {self.budget.kind} is used: steps come no nearer; step=1 rounds nothing"
+            reason = f"{used} of {asked} {self.budget.kind} is used: no step from here comes nearer; step=1 rounds nothing"
             declined.append(Decline(axes.program.name, reason))
         return sizes
 
@@ -213,11 +220,6 @@ class Reduction(Pass):
         """What measures the budget's quantity."""
         assert self.budget is not None
         return meter(self.budget.kind, axes, variables, self.on_target)
-
-
-def preferred(target: Target | None) -> int:
-    """The multiple of items that a target's kernels are made for: 16 with vectors of 512 bits, else 8."""
-    return 16 if target is not None and target.isa.vector_bits >= 512 else 8
 
 
 def fitted_step(step: int, extent: int) -> int:
@@ -269,7 +271,7 @@ def explain(axes: Axes, plan: Plan, target: Target | None) -> list[dict[str, Any
     """
     cut = {axis: len(kept) for axis, kept in plan.keep.items()}
     variables = tuple(cut)
-    kinds = ["flops", "params", *(["latency"] if target is not None and _has_latency() else [])]
+    kinds = ["flops", "params", *(["latency"] if target is not None else [])]
     saved = {kind: _savings(meter(kind, axes, variables, target), cut) for kind in kinds}
     rows = []
     for place, (axis, size) in enumerate(cut.items()):
@@ -296,9 +298,3 @@ def _savings(gauge: Meter, cut: Mapping[Axis, int]) -> Any:
     alone = gauge.full - gauge.each(gauge.extents, after)
     restored = gauge.each(after, gauge.extents) - (gauge.one(after) if len(after) else 0.0)
     return (alone + restored) / 2
-
-
-def _has_latency() -> bool:
-    import graphopt.cost
-
-    return hasattr(graphopt.cost, "latency_model")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from graphopt.calibration import Calibration
 
 Sizes = Mapping[Axis, int]
+# With so many axes, exchanges of many groups are tried: with more, steps are fine enough.
+_FEW = 24
 
 
 def no_calibration() -> Calibration:
@@ -169,14 +171,19 @@ def least_prefix(problem: Problem, order: Sequence[int], start: Ints | None = No
 
 def close(problem: Problem, levels: Ints) -> Ints:
     """Use up what is left of the budget: give back groups, the most important first, while they fit; then, where more
-    than SLACK is still left, exchange one group for another, whichever comes nearest.
+    than SLACK is still left, exchange groups for others, whichever come nearest.
     """
     levels = give_back(problem, levels)
-    for _ in range(len(levels)):
+    for _ in range(2 * len(levels)):
         cost = problem.cost_at(levels)
         if cost >= (1 - SLACK) * problem.limit:
             break
-        found = _exchange(problem, levels, cost)
+        found = _best(problem, levels, _exchanges(problem, levels, 3), cost)
+        if (found is None or problem.cost_at(found) < (1 - SLACK) * problem.limit) and len(levels) <= _FEW:
+            found = _best(problem, levels, _exchanges(problem, levels, 8), cost)
+        if found is None or problem.cost_at(found) < (1 - SLACK) * problem.limit:
+            others = _best(problem, levels, _detours(problem, levels), cost)
+            found = _best(problem, levels, [row for row in (found, others) if row is not None], cost)
         if found is None:
             break
         levels = give_back(problem, found)
@@ -199,31 +206,61 @@ def give_back(problem: Problem, levels: Ints) -> Ints:
     return levels
 
 
-def _exchange(problem: Problem, levels: Ints, cost: float) -> Ints | None:
-    """One group less here and up to two more there, such that more of the budget is used; None where nothing helps."""
+def _exchanges(problem: Problem, levels: Ints, most: int) -> list[Ints]:
+    """Up to `most` groups back here and up to as many more away there."""
     count = len(levels)
     tried = []
-    for back in (1, 2, 3):
-        for more in (1, 2):
+    for back in range(1, most + 1):
+        for more in range(1, most + 1):
             steps = np.repeat(levels[None], count * count, 0).reshape(count, count, count)
             own = np.arange(count)
             steps[own, :, own] -= back
             steps[:, own, own] += more
             flat = steps.reshape(-1, count)
             valid = ((flat >= 0) & (flat <= problem.depth)).all(1) & ~np.eye(count, dtype=bool).reshape(-1)
-            tried.append(flat[valid])
-    rows = np.concatenate(tried)
-    if not len(rows):
+            tried += list(flat[valid])
+    return tried
+
+
+def _detours(problem: Problem, levels: Ints) -> list[Ints]:
+    """One group back, and instead as many of all others as it takes, those first that lose least for what they save."""
+    found = []
+    for place in np.nonzero(levels)[0]:
+        start = levels.copy()
+        start[place] -= 1
+        now = problem.sizes_at(start)
+        costs = problem.meter.each(now, problem.sizes_at(np.minimum(start + 1, problem.depth)))
+        saved = problem.cost_at(start) - costs
+        rates = [
+            problem.losses[p][start[p]] / saved[p]
+            if p != place and start[p] < problem.depth[p] and saved[p] > 0
+            else np.inf
+            for p in range(len(start))
+        ]
+        order = [int(p) for p in np.argsort(rates, kind="stable") if np.isfinite(rates[p])]
+        order = [p for p in order for _ in range(problem.depth[p] - start[p])]
+        end = start + np.bincount(np.asarray(order, np.int64), minlength=len(start))
+        if problem.cost_at(end) <= problem.limit:
+            found.append(give_back(problem, least_prefix(problem, order, start)))
+    return found
+
+
+def _best(problem: Problem, levels: Ints, rows: Sequence[Ints], cost: float) -> Ints | None:
+    """Of some places on the ladders the one that uses more of the budget than `cost`: of those that use it up, within
+    SLACK, what harms least, else what uses most. None where none does.
+    """
+    if not rows:
         return None
-    costs = problem.meter.many(problem.sizes_at(rows))
+    table = np.stack(rows)
+    costs = problem.meter.many(problem.sizes_at(table))
     better = (costs <= problem.limit) & (costs > cost)
     if not better.any():
         return None
     near = better & (costs >= (1 - SLACK) * problem.limit)
     if not near.any():
-        return rows[int(np.argmax(np.where(better, costs, -np.inf)))]
-    harm = np.array([_harm(problem, levels, row) if ok else np.inf for row, ok in zip(rows, near, strict=True)])
-    return rows[int(np.argmin(harm))]
+        return table[int(np.argmax(np.where(better, costs, -np.inf)))]
+    harm = [_harm(problem, levels, row) if ok else np.inf for row, ok in zip(table, near, strict=True)]
+    return table[int(np.argmin(harm))]
 
 
 def _harm(problem: Problem, old: Ints, new: Ints) -> float:

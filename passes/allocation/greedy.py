@@ -13,6 +13,8 @@ from graphopt.passes.allocation.base import Allocation, Problem
 
 # A walk takes about so many looks at the savings; where there are more groups, several leave at each.
 _LOOKS = 1500
+# Behind every group that saves anything.
+_LAST = 1e300
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Greedy(Allocation):
             left = levels < problem.depth
             now, after = problem.sizes_at(levels), problem.sizes_at(np.minimum(levels + 1, problem.depth))
             saved = (cost - problem.meter.each(now, after)) / problem.meter.full
-            ranks = np.where(left, self.ranks(problem, levels, saved), np.inf)
+            ranks = np.where(left, np.minimum(self.ranks(problem, levels, saved), _LAST), np.inf)
             lowest = np.argsort(ranks, kind="stable")[: min(several, int(left.sum()))]
             levels[lowest] += 1
             cost = problem.cost_at(levels)

@@ -39,3 +39,9 @@ def share(after: Program, kind: str) -> float:
     """What the last pass left of FLOPs, parameters or bytes, as a share of what it was given."""
     record = after.records[-1]
     return getattr(record, f"{kind}_after") / getattr(record, f"{kind}_before")
+
+
+def shapes(program: Program) -> dict[str, list[int]]:
+    """The stored weights of more than one dimension by name."""
+    specs = {s.arg.name: s.target for s in program.exported.graph_signature.input_specs}
+    return {specs[name]: list(t.shape) for name, t in program.tensors.items() if t.dim() > 1}

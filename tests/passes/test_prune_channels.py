@@ -11,17 +11,11 @@ from graphopt.budget import Budget
 from graphopt.capture import capture
 from graphopt.errors import BadOption, BudgetUnreachable
 from graphopt.passes.prune_channels import PruneChannels
-from tests.passes.reducing import assert_is_masked, prepared, share
+from tests.passes.reducing import assert_is_masked, prepared, shapes, share
 from tests.programs import program_of
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 CONVS = ["resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2", "unet", "crnn", "convnext"]
-
-
-def shapes(program) -> dict[str, list[int]]:
-    """The stored weights of more than one dimension by name."""
-    specs = {s.arg.name: s.target for s in program.exported.graph_signature.input_specs}
-    return {specs[name]: list(t.shape) for name, t in program.tensors.items() if t.dim() > 1}
 
 
 def residual_block(channels: int = 8):
