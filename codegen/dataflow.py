@@ -92,6 +92,8 @@ _FOLD: dict[str, Callable[..., Array]] = {
     "relax.multiply": lambda e, x, y: x * y,
     "relax.divide": lambda e, x, y: x / y,
     "relax.less": lambda e, x, y: x < y,
+    "relax.maximum": lambda e, x, y: np.maximum(x, y),
+    "relax.minimum": lambda e, x, y: np.minimum(x, y),
     "relax.negative": lambda e, x: -x,
     "relax.sqrt": lambda e, x: np.sqrt(x),
     "relax.where": lambda e, c, x, y: np.asarray(np.where(c, x, y), x.dtype),

@@ -11,7 +11,7 @@ from torch import fx
 from tvm import relax
 from tvm.ir import IRModule
 
-from graphopt.codegen.converters import CONVERTERS, Converter
+from graphopt.codegen.converters import CONVERTERS, Converter, fourier
 from graphopt.codegen.dataflow import dtype_of, is_tensor, shape_of
 from graphopt.codegen.half import Importer
 from graphopt.errors import GraphoptError, UnsupportedOp
@@ -21,7 +21,7 @@ from graphopt.program import Program
 
 aten = torch.ops.aten
 
-# torch.export's decompositions would take these apart, and the kernel templates want them whole.
+# torch.export's decompositions would take these apart, and the kernel templates and converters want them whole.
 KEPT_WHOLE = (
     aten.linear.default,
     aten.matmul.default,
@@ -35,6 +35,7 @@ KEPT_WHOLE = (
     aten.log_softmax.int,
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,
+    aten.masked_scatter.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
 )
@@ -48,7 +49,9 @@ def to_relax(program: Program) -> IRModule:
     """
     exported = decomposed(program.exported, _decompositions())
     importer = Importer()
-    importer.update_convert_map({name: _bound(convert, importer) for name, convert in CONVERTERS.items()})
+    complex_only = {name: convert for name, convert in fourier.TABLE.items() if name not in importer.convert_map}
+    converters = complex_only | CONVERTERS
+    importer.update_convert_map({name: _bound(convert, importer) for name, convert in converters.items()})
     _refuse_unknown(exported.graph, importer)
     importer.update_convert_map({name: _located(convert, importer) for name, convert in importer.convert_map.items()})
     module = importer.from_exported_program(
@@ -92,7 +95,11 @@ def _located(convert: Callable[[fx.Node], relax.Expr], importer: Importer) -> Ca
         if any(0 in tensor.shape for tensor in _tensors(node)):
             raise UnsupportedOp(op=str(node.target), where=place(node), reason="a tensor without elements")
         try:
-            return _as_promised(node, importer.rounded(node, convert(node)), importer)
+            if any(tensor.is_complex() for tensor in _tensors(node)):
+                value = fourier.convert_complex(node, _name(node), importer, convert)
+            else:
+                value = convert(node)
+            return _as_promised(node, importer.rounded(node, value), importer)
         except GraphoptError:
             raise
         except Exception as error:

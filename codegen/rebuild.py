@@ -35,7 +35,8 @@ def substitute(expr: relax.Expr, env: Mapping[relax.Var, relax.Expr]) -> relax.E
 def rebuild(module: IRModule, rewrite: Rewrite) -> IRModule:
     """Build `main` again, asking `rewrite` for every binding with its variables already replaced.
 
-    The answer may name variables of the old function. What is left without a use afterwards is removed.
+    The answer may name variables of the old function. What is left without a use afterwards is removed; functions that
+    `main` calls are kept as they are.
     """
     flow = Dataflow(module["main"])
     builder = relax.BlockBuilder()
@@ -56,7 +57,11 @@ def rebuild(module: IRModule, rewrite: Rewrite) -> IRModule:
                 env[binding.var] = new
             result = builder.emit_output(substitute(main.body.body, env))
         builder.emit_func_output(result)
-    return relax.transform.DeadCodeElimination()(builder.finalize())
+    rebuilt = builder.finalize()
+    for name, function in module.functions.items():
+        if name.name_hint != "main":
+            rebuilt[name] = function
+    return relax.transform.DeadCodeElimination()(rebuilt)
 
 
 def _same(new: list[relax.Expr], old: tvm.ir.Array) -> bool:

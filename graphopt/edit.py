@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -125,7 +126,11 @@ class Edit:
     def infer(self, node: Node) -> None:
         """Work out shape, dtype and strides of a call from those of its inputs."""
         args, kwargs = map_arg((node.args, node.kwargs), lambda i: i.meta["val"])
-        with self._fake, torch.no_grad():
+        shapes = self._fake.shape_env
+        # A size that is known only at run time (x[mask], which a check counts) is a new symbol each time. No node is
+        # bound to it here, and torch would miss that in the next program that it traces.
+        ignored = shapes.ignore_fresh_unbacked_symbols() if shapes is not None else nullcontext()
+        with self._fake, torch.no_grad(), ignored:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def replace(self, node: Node, new: Node) -> None:

@@ -27,7 +27,8 @@ class RemoveNoops(Pass):
     An identity is a call that in a program without updates in place gives its first input: copies, dropout out of
     training, conversions to the same dtype, expansions, slices and permutations that keep all, adding 0, multiplying
     by 1. Assertions on metadata go as well: shapes are static here and were checked at capture. A copy that only puts
-    memory in another order goes too, since a reshape, other than a view, works on any order.
+    memory in another order goes too, since a reshape, other than a view, works on any order. Of concatenations go the
+    parts without elements, as a rotary embedding of all of a head leaves them behind.
     """
 
     name: ClassVar[str] = "remove-noops"
@@ -42,6 +43,8 @@ class RemoveNoops(Pass):
                 edit.count("assertion")
             elif name in ("view", "_unsafe_view", "reshape"):
                 _reshape(edit, node)
+            elif name == "cat":
+                _without_empty_parts(edit, node)
             elif (rule := _IDENTITIES.get(name)) is not None and rule(node) and _same_value(node):
                 _drop(edit, node, name.partition(".")[0])
         _infer_again(edit)
@@ -50,8 +53,9 @@ class RemoveNoops(Pass):
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size")
 
 
-def _drop(edit: Edit, node: Node, kind: str) -> None:
-    source = node.args[0]
+def _drop(edit: Edit, node: Node, kind: str, source: object = None) -> None:
+    """Let users take `source`, by default the first argument, in place of the node."""
+    source = node.args[0] if source is None else source
     assert isinstance(source, Node)
     if source.op == "placeholder" and any(user.op == "output" for user in node.users):
         edit.decline(node, "it makes an input of the program an output, which needs a value of its own")
@@ -78,6 +82,24 @@ def _reshape(edit: Edit, node: Node) -> None:
             return
     node.update_arg(1, shape)
     node.target = aten.reshape.default
+
+
+def _without_empty_parts(edit: Edit, node: Node) -> None:
+    """Drop what has no elements from a concatenation, unless its dtype decides on that of the result."""
+    parts = node.args[0]
+    assert isinstance(parts, (list, tuple))
+    values = {part: part.meta["val"] for part in parts if isinstance(part, Node)}
+    kept = [part for part in values if values[part].numel()]
+    whole = node.meta["val"].dtype
+    if not kept or len(kept) == len(values) or any(values[part].dtype != whole for part in kept):
+        return
+    node.update_arg(0, [part for part in parts if part in kept])
+    edit.count("empty part")
+    for part in values:
+        if part.op == "call_function" and not part.users:
+            edit.graph.erase_node(part)
+    if len(node.args[0]) == 1:  # type: ignore[arg-type]
+        _drop(edit, node, "cat", kept[0])
 
 
 def _same_value(node: Node) -> bool:

@@ -61,6 +61,19 @@ def test_transformers_model(name: str) -> None:
         check(bundle)
 
 
+@pytest.mark.parametrize("name", ["fnet", "mixtral", "llava", "convbert", "phi3"])
+def test_architecture(name: str) -> None:
+    """What few models have: transforms, experts, an image among words, odd look-ups, parts without elements.
+
+    All of the table go through `benchmarks/reach.py`.
+    """
+    from tests.architectures import ARCHITECTURES
+
+    model, inputs = ARCHITECTURES[name]()
+    with graphopt.compile(model, example_inputs=inputs) as bundle:
+        check(bundle)
+
+
 @pytest.mark.parametrize("target", ["cpu", "wasm", "arm"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "bert"])

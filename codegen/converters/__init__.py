@@ -6,12 +6,13 @@ operator's schema, so a keyword and a position are the same.
 
 from __future__ import annotations
 
-from graphopt.codegen.converters import arithmetic, attention, images, indexing, ordering
+from graphopt.codegen.converters import arithmetic, attention, experts, images, indexing, ordering
 from graphopt.codegen.converters.common import Converter
 
 CONVERTERS: dict[str, Converter] = {
     **arithmetic.TABLE,
     **attention.TABLE,
+    **experts.TABLE,
     **images.TABLE,
     **indexing.TABLE,
     **ordering.TABLE,

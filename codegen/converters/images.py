@@ -86,6 +86,21 @@ def _upsample_nearest2d(node: fx.Node, importer: Importer) -> relax.Expr:
     return importer.block_builder.emit(resized)
 
 
+def _grid_sampler_2d(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Pixels at fractional places; PyTorch has a place's two numbers last, Relax behind the batch."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    sampled = relax.op.image.grid_sample(
+        a["input"],
+        emit(relax.op.permute_dims(a["grid"], [0, 3, 1, 2])),
+        method=("bilinear", "nearest", "bicubic")[a["interpolation_mode"]],
+        layout="NCHW",
+        padding_mode=("zeros", "border", "reflection")[a["padding_mode"]],
+        align_corners=a["align_corners"],
+    )
+    return emit(sampled)
+
+
 def _max_pool2d_with_indices(node: fx.Node, importer: Importer) -> relax.Expr:
     """The maxima; and, where they are asked for, their places in the flattened image."""
     a = arguments(node, importer)
@@ -115,6 +130,7 @@ def _max_pool2d_with_indices(node: fx.Node, importer: Importer) -> relax.Expr:
 
 TABLE: dict[str, Converter] = {
     "avg_pool2d.default": _avg_pool2d,
+    "grid_sampler_2d.default": _grid_sampler_2d,
     "group_norm.default": _group_norm,
     "layer_norm.default": _layer_norm,
     "max_pool2d_with_indices.default": _max_pool2d_with_indices,

@@ -1,14 +1,14 @@
-"""Reading and writing at places that tensors name."""
+"""Reading and writing at places that tensors name, and putting parts together."""
 
 from __future__ import annotations
 
-from typing import cast
+import math
 
 import numpy as np
 from torch import fx
 from tvm import relax
 
-from graphopt.codegen.converters.common import Converter, arguments
+from graphopt.codegen.converters.common import Converter, arguments, as_dtype, promised
 from graphopt.codegen.dataflow import dtype_of, shape_of
 from graphopt.codegen.half import Importer
 
@@ -63,6 +63,29 @@ def _index_put(node: fx.Node, importer: Importer) -> relax.Expr:
     return emit(relax.op.scatter_nd(a["self"], where, updates, "add" if a["accumulate"] else "update"))
 
 
+def _cat(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Side by side, in the dtype that holds them all; parts without elements do not count, whatever their rank."""
+    a = arguments(node, importer)
+    parts = [as_dtype(x, promised(node), importer) for x in a["tensors"] if math.prod(shape_of(x))]
+    return importer.block_builder.emit(relax.op.concat(parts, a["dim"]))
+
+
+def _masked_scatter(node: fx.Node, importer: Importer) -> relax.Expr:
+    """The n-th place where the mask is set gets the n-th element of the source."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    x, source, shape = a["self"], a["source"], tuple(node.meta["val"].shape)
+    count = math.prod(shape)
+    mask = a["mask"] if shape_of(a["mask"]) == shape else emit(relax.op.broadcast_to(a["mask"], shape))
+    flat = emit(relax.op.astype(emit(relax.op.reshape(mask, (count,))), "int64"))
+    number = emit(relax.op.subtract(emit(relax.op.cumsum(flat, 0)), relax.const(1, "int64")))
+    elements = emit(relax.op.reshape(source, (math.prod(shape_of(source)),)))
+    taken = emit(relax.op.reshape(emit(relax.op.take(elements, number, 0)), shape))
+    if shape_of(x) != shape:
+        x = emit(relax.op.broadcast_to(x, shape))
+    return emit(relax.op.where(mask, taken, x))
+
+
 def _embedding(node: fx.Node, importer: Importer) -> relax.Expr:
     """Rows of a table. TVM's converter narrows indices to 32 bits, which changes those that are far out of range."""
     a = arguments(node, importer)
@@ -70,21 +93,50 @@ def _embedding(node: fx.Node, importer: Importer) -> relax.Expr:
 
 
 def _index(node: fx.Node, importer: Importer) -> relax.Expr:
-    """x[i, j, ...]: TVM's converter, with indices that count from the end brought to what it takes."""
+    """x[i, j, ...]: one look-up along the indexed dimensions, which are brought together and seen as one.
+
+    Each index is clamped to its own dimension, so that one that is out of range does not reach into another row.
+    """
+    a = arguments(node, importer)
     emit = importer.block_builder.emit
-    source, indices = cast("tuple[fx.Node, list[fx.Node | None]]", node.args[:2])
-    extents = shape_of(importer.env[source])
-    before = {index: importer.env[index] for index in indices if index is not None}
-    for index, extent in zip(indices, extents, strict=False):
-        if index is not None and dtype_of(before[index]) != "bool":
-            value = before[index]
-            from_end = emit(relax.op.add(value, relax.const(extent, dtype_of(value))))
-            negative = emit(relax.op.less(value, relax.const(0, dtype_of(value))))
-            importer.env[index] = emit(relax.op.where(negative, from_end, value))
-    try:
-        return importer._index_tensor(node)
-    finally:
-        importer.env.update(before)
+    x, indices = a["self"], a["indices"]
+    dims = [dim for dim, index in enumerate(indices) if index is not None]
+    if any(dtype_of(indices[dim]) in ("bool", "uint8") for dim in dims):
+        raise ValueError("a boolean index selects a number of elements that is known only at run time")
+    shape = shape_of(x)
+    if not dims:
+        return x
+    first = dims[0]
+    if dims != list(range(first, first + len(dims))):  # PyTorch puts what was looked up in front
+        rest = [dim for dim in range(len(shape)) if dim not in dims]
+        x, first = emit(relax.op.permute_dims(x, [*dims, *rest])), 0
+    after = first + len(dims)
+    place: relax.Expr | None = None
+    for dim in dims:
+        index = _from_start(indices[dim], shape[dim], importer)
+        if len(dims) > 1:
+            index = emit(relax.op.astype(index, "int64"))
+            index = emit(relax.op.maximum(index, relax.const(0, "int64")))
+            index = emit(relax.op.minimum(index, relax.const(shape[dim] - 1, "int64")))
+        if place is None:
+            place = index
+        else:
+            place = emit(relax.op.add(emit(relax.op.multiply(place, relax.const(shape[dim], "int64"))), index))
+    assert place is not None
+    there = shape_of(place)
+    before, behind = shape_of(x)[:first], shape_of(x)[after:]
+    if len(dims) > 1:
+        x = emit(relax.op.reshape(x, (*before, math.prod(shape[dim] for dim in dims), *behind)))
+    if len(there) != 1:
+        place = emit(relax.op.reshape(place, (math.prod(there),)))
+    return emit(relax.op.reshape(emit(relax.op.take(x, place, first)), (*before, *there, *behind)))
+
+
+def _from_start(index: relax.Expr, extent: int, importer: Importer) -> relax.Expr:
+    """An index that counts from the end where it is negative, counted from the start."""
+    emit, dtype = importer.block_builder.emit, dtype_of(index)
+    from_end = emit(relax.op.add(index, relax.const(extent, dtype)))
+    return emit(relax.op.where(emit(relax.op.less(index, relax.const(0, dtype))), from_end, index))
 
 
 def _select(node: fx.Node, importer: Importer) -> relax.Expr:
@@ -112,9 +164,11 @@ def _unfold(node: fx.Node, importer: Importer) -> relax.Expr:
 
 
 TABLE: dict[str, Converter] = {
+    "cat.default": _cat,
     "embedding.default": _embedding,
     "index.Tensor": _index,
     "index_put.default": _index_put,
+    "masked_scatter.default": _masked_scatter,
     "scatter.src": _scatter_src,
     "scatter_add.default": _scatter,
     "scatter_reduce.two": _scatter,

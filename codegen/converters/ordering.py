@@ -1,10 +1,11 @@
-"""Sorting, the k largest, medians, running sums."""
+"""Sorting, the k largest, medians, histograms, running sums."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 from torch import fx
 from tvm import relax
 
@@ -70,11 +71,34 @@ def _median(node: fx.Node, importer: Importer) -> relax.Expr:
     return value if whole else emit(relax.Tuple([value, emit(relax.op.reshape(index, shape))]))
 
 
+def _histogram(node: fx.Node, importer: Importer) -> relax.Expr:
+    """How many elements lie in each of `bins` equal parts of [min, max]; what lies outside does not count."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    low, high, bins = a["min"], a["max"], a["bins"]
+    if low == high:
+        raise ValueError("the bounds of a histogram that are those of its data")
+    x = emit(relax.op.reshape(a["self"], (math.prod(shape_of(a["self"])), 1)))
+    dtype = dtype_of(x)
+
+    def const(value: float) -> relax.Expr:
+        return relax.const(value, dtype)
+
+    above = emit(relax.op.multiply(emit(relax.op.subtract(x, const(low))), const(bins)))
+    place = emit(relax.op.floor(emit(relax.op.divide(above, const(high - low)))))
+    place = emit(relax.op.minimum(place, const(bins - 1)))  # max itself is in the last part
+    there = emit(relax.op.equal(place, relax.const(np.arange(bins).reshape(1, bins), dtype)))
+    for bound, op in ((low, relax.op.greater_equal), (high, relax.op.less_equal)):
+        there = emit(relax.op.logical_and(there, emit(op(x, const(bound)))))
+    return emit(relax.op.sum(emit(relax.op.astype(there, dtype)), [0]))
+
+
 TABLE: dict[str, Converter] = {
     "argsort.default": _argsort,
     "argsort.stable": _argsort,
     "cumprod.default": _cumulative(relax.op.cumprod),
     "cumsum.default": _cumulative(relax.op.cumsum),
+    "histc.default": _histogram,
     "median.default": _median,
     "median.dim": _median,
     "sort.default": _sort,

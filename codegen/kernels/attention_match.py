@@ -100,6 +100,7 @@ def _operator(flow: Dataflow, binding: relax.VarBinding) -> Found | Decline:
 def _written_out(flow: Dataflow, binding: relax.VarBinding) -> Found | Decline:
     where = binding.var.name
     covers, scale, mask_expr, keeps, fill = [binding.var], 1.0, None, True, -math.inf
+    masked: tuple[int, ...] = ()  # the shape that the scores have where the mask meets them
     while (user := flow.sole_user(covers[-1])) is not None and op_of(user.value) != "relax.nn.softmax":
         call, op = user.value, op_of(user.value)
         covers.append(user.var)
@@ -115,13 +116,13 @@ def _written_out(flow: Dataflow, binding: relax.VarBinding) -> Found | Decline:
                 scale *= factor if op == "relax.multiply" else 1 / factor
                 continue
         if op == "relax.add" and mask_expr is None:
-            mask_expr = call.args[1] if call.args[0].same_as(covers[-2]) else call.args[0]
+            mask_expr, masked = call.args[1] if call.args[0].same_as(covers[-2]) else call.args[0], shape_of(call)
             continue
         if op == "relax.where" and mask_expr is None:
             keeps = bool(call.args[1].same_as(covers[-2]))
             filled = flow.scalar(call.args[2 if keeps else 1])
             if filled is not None and not call.args[0].same_as(covers[-2]):
-                mask_expr, fill = call.args[0], filled
+                mask_expr, fill, masked = call.args[0], filled, shape_of(call)
                 continue
         return Decline(where, f"{op or 'a tuple'} follows the product, and no softmax")
     if user is None:
@@ -148,7 +149,7 @@ def _written_out(flow: Dataflow, binding: relax.VarBinding) -> Found | Decline:
         return Decline(where, "the second product has other batch dimensions")
     mask = None
     if mask_expr is not None:
-        spread = reshaped(_spread(_mask(flow, mask_expr), shape), (*lead, n, m))
+        spread = reshaped(_spread(_mask(flow, mask_expr), masked), (*lead, n, m))
         if spread is None:
             return Decline(where, "a mask that strides cannot spread over batch and heads")
         mask = Mask(spread, keeps, fill)

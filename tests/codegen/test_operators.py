@@ -54,6 +54,7 @@ FAMILIES: dict[str, list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tenso
     ],
     "layout": [
         lambda x, y, i: torch.cat([x, y.transpose(2, 3).reshape(2, 3, 8, 9)], 1),
+        lambda x, y, i: torch.cat([i, x, y > 0], 1),
         lambda x, y, i: torch.stack([x, y], 2).flatten(1, 3),
         lambda x, y, i: x.roll((1, -2), (2, 3)) + y.flip(2),
         lambda x, y, i: x[:, 1:, ::2, -3:],
@@ -79,6 +80,11 @@ FAMILIES: dict[str, list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tenso
         lambda x, y, i: x.masked_fill(i == 1, -3.0),
         lambda x, y, i: x.index_put((i[0, 0, 0, :1],), y[:1]),
         lambda x, y, i: F.embedding(i, y[0, 0]),
+        lambda x, y, i: x.masked_scatter(i == 1, y) + x.masked_scatter(i[:, :1] == 2, y),
+        lambda x, y, i: x[:, i[0, 0, :, :1], i[0, 1, :1] - 3],
+        lambda x, y, i: x[i[0, 0, 0] % 2, :, i[0, 1, 0]] + y[:, :, i[0, 2, 0], i[0, 1, 0]].mT.sum(),
+        lambda x, y, i: x[:, torch.arange(3)[:, None, None, None], i[1, 0, :2, :4, None], torch.arange(5)],
+        lambda x, y, i: F.unfold(x, (3, 2), padding=(1, 0), stride=(2, 1)),
     ],
     "products": [
         lambda x, y, i: x @ y.transpose(2, 3),
@@ -98,6 +104,19 @@ FAMILIES: dict[str, list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tenso
         lambda x, y, i: torch.where(x > 1.9, torch.nan, x).median(3).values + y.median(),
         lambda x, y, i: torch.cumsum(x > y, 1) + torch.cumsum(i.to(torch.int32), 0),
     ],
+    "histograms": [
+        lambda x, y, i: torch.histc(i.float(), bins=3, min=0, max=2),
+        lambda x, y, i: torch.histc(x, bins=7, min=-1.5, max=1),
+    ],
+    "transforms": [
+        lambda x, y, i: torch.fft.fftn(x, dim=(1, 3)).real,
+        lambda x, y, i: torch.view_as_real(torch.fft.ifft(torch.fft.fft(x, dim=2, norm="ortho") * 2, dim=3)),
+        lambda x, y, i: torch.fft.rfft2(x).abs() + torch.fft.rfft(y, dim=3).imag,
+        lambda x, y, i: torch.fft.irfft(torch.fft.rfft(x, dim=2) * torch.fft.rfft(y, dim=2), n=8, dim=2),
+        lambda x, y, i: torch.fft.irfft2(torch.fft.rfft2(x, norm="forward"), s=(8, 9), norm="forward"),
+        lambda x, y, i: torch.view_as_real(torch.complex(x, y) * torch.polar(y.abs(), x)[:, :1]),
+        lambda x, y, i: torch.view_as_real(torch.view_as_complex(x[..., :2] + 1).conj() - y[..., 0]),
+    ],
     "vision": [
         lambda x, y, i: F.interpolate(x, scale_factor=2, mode="nearest"),
         lambda x, y, i: F.interpolate(x, size=(5, 7), mode="nearest") + F.interpolate(y, size=(5, 7), mode="nearest"),
@@ -110,6 +129,10 @@ FAMILIES: dict[str, list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tenso
         lambda x, y, i: F.adaptive_avg_pool2d(x, (3, 2)) + F.lp_pool2d(y.abs(), 2, 2)[:, :, :3, :2],
         lambda x, y, i: F.group_norm(x, 3) + F.instance_norm(y) + F.local_response_norm(x, 2),
         lambda x, y, i: F.avg_pool1d(x[0], 2) + F.max_pool1d(y[0], 2),
+        lambda x, y, i: F.grid_sample(x, y[..., :2], align_corners=False),
+        lambda x, y, i: F.grid_sample(x, y[..., :2], padding_mode="border", align_corners=True),
+        lambda x, y, i: F.grid_sample(x, y[..., :2], padding_mode="reflection", align_corners=False),
+        lambda x, y, i: F.grid_sample(x, y[..., :2], mode="nearest", align_corners=False),
     ],
 }
 
@@ -138,6 +161,25 @@ def test_operators_agree_with_pytorch(family: str) -> None:
             equal_nan=True,
             msg=lambda m, n=number: f"{family} {n}: {m}",
         )
+
+
+def test_groups_of_rows_have_a_matrix_each() -> None:
+    """Experts whose rows are counted at run time: none, all, some, and rows behind the last group, which are zero."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(7, 5, generator=generator), torch.randn(4, 5, 6, generator=generator)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+            return torch.ops.transformers.grouped_mm_fallback(x, weight, offs)
+
+    import transformers.integrations.moe  # noqa: F401  (registers the operator)
+
+    counts = [[2, 2, 5, 7], [0, 0, 0, 7], [7, 7, 7, 7], [0, 3, 3, 4], [0, 0, 0, 0]]
+    examples = (x, weight, torch.tensor(counts[0], dtype=torch.int32))
+    with graphopt.compile(Net(), example_inputs=examples) as bundle:
+        for row in counts:
+            offs = torch.tensor(row, dtype=torch.int32)
+            torch.testing.assert_close(torch.from_numpy(bundle(x, weight, offs)), Net()(x, weight, offs))
 
 
 def test_scatter_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:

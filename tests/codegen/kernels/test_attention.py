@@ -210,3 +210,17 @@ def test_masks_without_dimensions(masked):
     module, q = Scores(), torch.randn(2, 3, 9, 16)
     with graphopt.compile(module, example_inputs=(q,)) as bundle:
         torch.testing.assert_close(torch.as_tensor(bundle(q)), module(q), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_where_heads_are_apart():
+    """Batch and heads in one dimension, taken apart for the mask alone, as several older models write it."""
+
+    class Scores(torch.nn.Module):
+        def forward(self, q, mask):
+            scores = (q @ q.mT).view(2, 3, 9, 9) + mask
+            return scores.view(6, 9, 9).softmax(-1) @ q
+
+    torch.manual_seed(0)
+    module, q, mask = Scores(), torch.randn(6, 9, 16), torch.randn(2, 1, 9, 9)
+    with graphopt.compile(module, example_inputs=(q, mask)) as bundle:
+        torch.testing.assert_close(torch.as_tensor(bundle(q, mask)), module(q, mask), rtol=1e-4, atol=1e-5)
