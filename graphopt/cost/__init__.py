@@ -5,6 +5,7 @@ shrunk, so that a budget is solved without shrinking anything.
 """
 
 from graphopt.cost.latency import LatencyModel, alignment, latency_model
+from graphopt.cost.latency_table import LatencyTable
 from graphopt.cost.model import CostModel, ModelRow, cost_model
 from graphopt.cost.polynomial import Compiled, Polynomial, Sizes
 from graphopt.cost.table import Cost, Row, Summary, node_cost, summary
@@ -14,6 +15,7 @@ __all__ = [
     "Cost",
     "CostModel",
     "LatencyModel",
+    "LatencyTable",
     "ModelRow",
     "Polynomial",
     "Row",

@@ -6,6 +6,7 @@ Nothing is measured here, so the estimate is the same everywhere; `LatencyTable`
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch.fx import Node
 
 from graphopt.axes import Axes, Axis
 from graphopt.cost.model import CostModel, cost_model
-from graphopt.cost.polynomial import Compiled, Sizes, sizes_of
+from graphopt.cost.polynomial import Compiled, Polynomial, Sizes, sizes_of
 from graphopt.cost.register_tile import L2_BYTES_PER_CYCLE, best_tile, cycles
 from graphopt.cost.work import Work, works
 from graphopt.targets.speed import Speed, speed_of
@@ -141,16 +143,41 @@ def _depthwise(pixels: int, channels: int, taps: int, isa: Isa, bits: int = 32) 
 
 
 @dataclass(frozen=True, eq=False)
+class Grid:
+    """Seconds measured at a grid of extents: `points[i]` are ascending values of `coordinates[i]`.
+
+    `seconds` has a dimension for each coordinate. Between points it is multilinear, beyond them as at the nearest.
+    """
+
+    coordinates: tuple[Polynomial, ...]
+    points: tuple[tuple[int, ...], ...]
+    seconds: NDArray[np.float64]
+
+    def at(self, extents: Sequence[int]) -> float:
+        """Seconds at the extents of the coordinates; what was measured where they are points."""
+        corner = self.seconds
+        for extent, points in zip(extents, self.points, strict=True):
+            above = min(max(bisect.bisect_left(points, extent), 1), len(points) - 1) if len(points) > 1 else 0
+            low, high = points[max(above - 1, 0)], points[above]
+            share = min(max((extent - low) / (high - low), 0.0), 1.0) if high > low else 1.0
+            below = corner[max(above - 1, 0)]
+            corner = (
+                corner[above] if share == 1.0 else below if share == 0.0 else below + share * (corner[above] - below)
+            )
+        return float(corner)
+
+
+@dataclass(frozen=True, eq=False)
 class LatencyModel:
     """Seconds per run of a program on a target, by the extents of its axes; those left out are whole.
 
-    `factor` corrects the whole estimate and `kernels` single layers, where they have been measured.
+    `factor` corrects the estimate. Calls in `measured` take what their grid says instead.
     """
 
     cost: CostModel
     machine: Machine
     factor: float = 1.0
-    kernels: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[Node, Grid] = field(default_factory=dict)
     _known: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     @cached_property
@@ -162,8 +189,10 @@ class LatencyModel:
     def _compiled(self) -> tuple[Compiled, list[tuple[int, int]]]:
         polynomials, ranges = [self.cost.total["stored_bytes"]], []
         for work in self.works:
-            ranges.append((len(polynomials), len(polynomials) + len(work.extents)))
-            polynomials += work.extents
+            grid = self.measured.get(work.node)
+            own = work.extents if grid is None else grid.coordinates
+            ranges.append((len(polynomials), len(polynomials) + len(own)))
+            polynomials += own
         return Compiled(polynomials, self.cost.variables), ranges
 
     @property
@@ -200,15 +229,24 @@ class LatencyModel:
             key = (place, spilled, *values[start:stop])
             seconds = self._known.get(key)
             if seconds is None:
-                seconds = self.machine.seconds(work, values[start:stop], spilled=spilled)
-                seconds *= self.factor * self.kernels.get(work.node.name, 1.0)
+                grid = self.measured.get(work.node)
+                if grid is None:
+                    seconds = self.machine.seconds(work, values[start:stop], spilled=spilled) * self.factor
+                else:
+                    seconds = grid.at(values[start:stop])
                 self._known[key] = seconds
             found.append((work, seconds))
         return found
 
     def corrected(self, measured_seconds: float) -> LatencyModel:
-        """The same, scaled so that the program as it is takes what was measured."""
-        return replace(self, factor=self.factor * measured_seconds / self(), _known={})
+        """The same, scaled so that the program as it is takes what was measured.
+
+        Args:
+            measured_seconds: of the program as it is, on the target and with its threads.
+        """
+        scale = measured_seconds / self()
+        grids = {node: replace(grid, seconds=grid.seconds * scale) for node, grid in self.measured.items()}
+        return replace(self, factor=self.factor * scale, measured=grids, _known={})
 
 
 def latency_model(axes: Axes, target: Target, *, threads: int = 1, speed: Speed | None = None) -> LatencyModel:
