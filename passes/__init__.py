@@ -20,6 +20,8 @@ PASSES: dict[str, str] = {
     "prune-channels": "graphopt.passes.prune_channels:PruneChannels",
     "prune-neurons": "graphopt.passes.prune_neurons:PruneNeurons",
     "prune-heads": "graphopt.passes.prune_heads:PruneHeads",
+    "reduce-query-heads": "graphopt.passes.reduce_query_heads:ReduceQueryHeads",
+    "pool-kv-heads": "graphopt.passes.pool_kv_heads:PoolKvHeads",
     "prune-head-dims": "graphopt.passes.prune_head_dims:PruneHeadDims",
     "prune-embeddings": "graphopt.passes.prune_embeddings:PruneEmbeddings",
     "nvit": "graphopt.passes.nvit:Nvit",

@@ -47,6 +47,11 @@ class Plan:
     declined: Sequence[Decline] = ()
     merge: Mapping[Any, Tensor] = field(default_factory=dict)
 
+    @property
+    def cut(self) -> dict[Axis, int]:
+        """How many items stay of each axis that is cut."""
+        return {key[1] if isinstance(key, tuple) else key: kept.shape[-1] for key, kept in self.keep.items()}
+
 
 @dataclass(frozen=True)
 class Reduction(Pass):
@@ -119,7 +124,7 @@ class Reduction(Pass):
         edit.declined += plan.declined
         if plan.keep:
             shrink_in(edit, axes, plan.keep, merge=plan.merge)
-        for axis in plan.keep:
+        for axis in plan.cut:
             edit.count(f"{axes.role(axis) or 'axis'} axis")
         edit.details += explain(axes, plan, self.on_target)
 
@@ -132,10 +137,19 @@ class Reduction(Pass):
             declined.append(Decline(axes.program.name, f"no free axis of role {' or '.join(self.cut_roles)}"))
             if self.budget is None:
                 return Plan({}, {}, declined)
-        scores = self.score(axes, wanted, declined) if wanted else {}
+        given = self.score(axes, wanted, declined) if wanted else {}
+        scores = {axis: by_rank(own) for axis, own in given.items()}
         sizes = self.allocate(axes, scores, declined)
-        keep = {axis: top(scores[axis], size) for axis, size in sizes.items() if size < axis.extent}
+        keep = {}
+        for axis, size in sizes.items():
+            if size < axis.extent:
+                key, kept = self.chosen(axes, axis, given[axis], size)
+                keep[key] = kept
         return Plan(keep, scores, declined)
+
+    def chosen(self, axes: Axes, axis: Axis, scores: Tensor, size: int) -> tuple[Any, Tensor]:
+        """Which items of an axis stay, as `shrink` takes them: what to call the axis, and the indices."""
+        return axis, top(scores, size)
 
     def check(self) -> None:
         """Options that contradict each other. Raises BadOption."""
@@ -168,7 +182,9 @@ class Reduction(Pass):
         return tuple(chosen)
 
     def score(self, axes: Axes, wanted: Sequence[Axis], declined: list[Decline]) -> dict[Axis, Tensor]:
-        """The scores of the wanted axes; notes those that the criterion does not apply to."""
+        """The scores of the wanted axes, (extent,), or a row of such for each item of another axis, (outer, extent),
+        where these choose for themselves; notes axes that the criterion does not apply to.
+        """
         criterion = self.made_criterion()
         declined += criterion.fallbacks(axes, wanted)
         data = self.read_calibration(axes) if criterion.needs_calibration else None
@@ -212,7 +228,7 @@ class Reduction(Pass):
         got = gauge(sizes)
         if got < (1 - SLACK) * problem.limit and got < gauge.full:
             used, asked = (self.budget.show(value, gauge.full) for value in (got, problem.limit))
-            reason = f"{used} of {asked} {self.budget.kind} is used: no step from here comes nearer; step=1 rounds nothing"
+            reason = f"{used} of {asked} {self.budget.kind} is used: no step comes nearer; step=1 rounds nothing"
             declined.append(Decline(axes.program.name, reason))
         return sizes
 
@@ -227,6 +243,14 @@ def fitted_step(step: int, extent: int) -> int:
     while step > 1 and extent < _RUNGS * step:
         step = step // 2 if step % 2 == 0 else 1
     return step
+
+
+def by_rank(scores: Tensor) -> Tensor:
+    """What the items of an axis are worth where each row chooses for itself: all best together, all second best, ...
+
+    A single row of scores is as it is.
+    """
+    return scores if scores.dim() == 1 else scores.sort(1, descending=True).values.sum(0)
 
 
 def nearest(sizes: Any, wanted: float) -> int:
@@ -269,14 +293,14 @@ def explain(axes: Axes, plan: Plan, target: Target | None) -> list[dict[str, Any
     What an axis buys is the mean of two differences: whole program to this axis cut alone, and everything cut to this
     axis whole again. So the savings of two axes that multiply add up to what both save.
     """
-    cut = {axis: len(kept) for axis, kept in plan.keep.items()}
+    cut = plan.cut
     variables = tuple(cut)
     kinds = ["flops", "params", *(["latency"] if target is not None else [])]
     saved = {kind: _savings(meter(kind, axes, variables, target), cut) for kind in kinds}
     rows = []
     for place, (axis, size) in enumerate(cut.items()):
         own = plan.scores[axis].double().abs()
-        lost = float(own.sum() - own[plan.keep[axis]].sum())
+        lost = float(own.sum() - own[top(plan.scores[axis], size)].sum())
         row: dict[str, Any] = {
             "axis": axis.label,
             "role": axes.role(axis),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,18 +35,23 @@ class Greedy(Allocation):
 
     def levels(self, problem: Problem) -> Ints:
         """See Allocation."""
-        levels = np.zeros(len(problem.variables), np.int64)
-        several = max(1, int(problem.depth.sum()) // _LOOKS)
-        cost = problem.meter.full
-        while cost > problem.limit:
-            left = levels < problem.depth
-            now, after = problem.sizes_at(levels), problem.sizes_at(np.minimum(levels + 1, problem.depth))
-            saved = (cost - problem.meter.each(now, after)) / problem.meter.full
-            ranks = np.where(left, np.minimum(self.ranks(problem, levels, saved), _LAST), np.inf)
-            lowest = np.argsort(ranks, kind="stable")[: min(several, int(left.sum()))]
-            levels[lowest] += 1
-            cost = problem.cost_at(levels)
-        return levels
+        return walk(problem, lambda levels, saved: self.ranks(problem, levels, saved))
+
+
+def walk(problem: Problem, ranks: Callable[[Ints, Floats], Floats]) -> Ints:
+    """Down the ladders until the budget is met, the group that `ranks` has lowest first; see Greedy.ranks."""
+    levels = np.zeros(len(problem.variables), np.int64)
+    several = max(1, int(problem.depth.sum()) // _LOOKS)
+    cost = problem.meter.full
+    while cost > problem.limit:
+        left = levels < problem.depth
+        now, after = problem.sizes_at(levels), problem.sizes_at(np.minimum(levels + 1, problem.depth))
+        saved = (cost - problem.meter.each(now, after)) / problem.meter.full
+        found = np.where(left, np.minimum(ranks(levels, saved), _LAST), np.inf)
+        lowest = np.argsort(found, kind="stable")[: min(several, int(left.sum()))]
+        levels[lowest] += 1
+        cost = problem.cost_at(levels)
+    return levels
 
 
 def next_losses(problem: Problem, levels: Ints) -> Floats:

@@ -9,16 +9,15 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from graphopt.axes import Axis
 from graphopt.budget import Floats, Ints
-from graphopt.passes.allocation.base import Problem, top
-from graphopt.passes.allocation.greedy import Greedy
+from graphopt.passes.allocation.base import Allocation, Problem, top
+from graphopt.passes.allocation.greedy import walk
 from graphopt.program import Program
 from graphopt.shrink import shrink
 
 
 @dataclass(frozen=True)
-class Sensitivity(Greedy):
+class Sensitivity(Allocation):
     """Cut each axis alone to a few sizes, run the calibration data, and descend by least harm per unit saved.
 
         harm(axis, keep)   relative squared change of the outputs with only this axis cut
@@ -39,22 +38,16 @@ class Sensitivity(Greedy):
 
     def levels(self, problem: Problem) -> Ints:
         """See Allocation."""
-        harm = self.harms(problem)
-        object.__setattr__(problem, "harm", harm)
-        return super().levels(problem)
+        curves = self.harms(problem)
 
-    def ranks(self, problem: Problem, levels: Ints, saved: Floats) -> Floats:
-        """See Greedy."""
-        curves: Sequence[Floats] = problem.harm  # type: ignore[attr-defined]
-        more = np.array(
-            [
+        def ranks(levels: Ints, saved: Floats) -> Floats:
+            more = [
                 own[level + 1] - own[level] if level + 1 < len(own) else np.inf
                 for own, level in zip(curves, levels, strict=True)
             ]
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ranks = np.where(saved > 0, more / saved, np.inf)
-        return np.where(np.isnan(ranks), np.inf, ranks)
+            return np.array([harm / gain if gain > 0 else np.inf for harm, gain in zip(more, saved, strict=True)])
+
+        return walk(problem, ranks)
 
     def harms(self, problem: Problem) -> list[Floats]:
         """For each variable the harm at every size of its ladder."""
@@ -99,6 +92,3 @@ def change(program: Program, data: Sequence[Mapping[str, Tensor]], wanted: Seque
                 size[name] = size.get(name, 0.0) + float(old.square().nan_to_num().sum())
     shares = [apart[name] / size[name] if size[name] else apart[name] for name in apart]
     return float(np.mean(shares)) if shares else 0.0
-
-
-__all__ = ["Axis", "Sensitivity", "change"]
