@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphopt.axes import Axes, Axis, atoms, find
-from graphopt.observe import gradients
+from graphopt.observe import Gradients, gradients
 from graphopt.passes.criteria.base import Elementwise, Member, Tally, checked_choice, data_of, members
 from graphopt.passes.criteria.taylor import names_of, products, signed_sums
 from graphopt.passes.criteria.uses import op
@@ -40,6 +40,9 @@ class Hessian(Elementwise):
         fisher: the sum of squares of each sample's gradients instead; as many backward passes as samples.
         normalise: "tensors", "nvit" or "none". Not with `fisher`.
         loss: "auto", "labels", "distill" or "fisher".
+        per_sample: square the sum of each sample's gradients, not of a batch's mean; a backward pass for each.
+        draws: with "distill" and "fisher" go through the data again, with other noise, until so many sums were squared:
+            the mean of a few squares is mostly chance.
     """
 
     name: ClassVar[str] = "hessian"
@@ -48,6 +51,8 @@ class Hessian(Elementwise):
     fisher: bool = False
     normalise: str = "tensors"
     loss: str = "auto"
+    per_sample: bool = False
+    draws: int = 32
 
     def elements(self, axes: Axes, calibration: Calibration | None) -> Iterator[tuple[Member, Tensor]]:
         """See Elementwise: half the mean over samples of (g w)^2."""
@@ -67,13 +72,23 @@ class Hessian(Elementwise):
         checked_choice(self.name, "normalise", self.normalise, ("tensors", "nvit", "none"))
         if self.fisher:
             return super().scores(axes, wanted, calibration)
-        data, tally = data_of(axes, calibration), Tally(wanted)
+        tally = Tally(wanted)
         sizes = self._sizes(axes, tally)
-        total = tally.zeros()
-        for sums in signed_sums(axes, tally, gradients(axes.program, data, self.loss, wanted=names_of(members(axes)))):
+        total, count = tally.zeros(), 0
+        for sums in signed_sums(axes, tally, self._batches(axes, data_of(axes, calibration))):
+            count += 1
             for atom, values in sums.items():
                 total[atom] += (values / sizes[atom]).square()
-        return {atom: score / len(data) for atom, score in total.items()}
+        return {atom: score / max(count, 1) for atom, score in total.items()}
+
+    def _batches(self, axes: Axes, data: Calibration) -> Iterator[Gradients]:
+        """Gradients of each batch or sample; where the loss has noise of its own, of as many draws as are wanted."""
+        names = names_of(members(axes))
+        fixed = self.loss == "labels" or (self.loss == "auto" and data.labels is not None)
+        draws = 1 if fixed or self.per_sample else -(-self.draws // max(len(data), 1))
+        for draw in range(draws):
+            seed = draw * len(data)  # that of a batch is this plus its place
+            yield from gradients(axes.program, data, self.loss, wanted=names, per_sample=self.per_sample, seed=seed)
 
     def _sizes(self, axes: Axes, tally: Tally) -> dict[Axis, float]:
         """n for each wanted atom."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from graphopt.calibration import calibration
 from graphopt.passes import criteria
 from tests.passes.criteria.nets import attention, axes_of, axis_of, mlp, samples, score, seeded, stored
-from tests.passes.criteria.test_taylor import gradients, labelled
+from tests.passes.criteria.test_taylor import NAMES, gradients, labelled
 from tests.programs import program_of, tiny
 
 
@@ -44,6 +44,38 @@ def test_on_a_quadratic_loss_the_order_is_that_of_the_true_change():
         y = (x @ one.weight.T).index_fill(1, torch.tensor([unit]), 0) @ two.weight.T
         change.append(((whole - y).square().sum(1) / whole.square().mean(1)).mean())
     assert got.argsort().tolist() == torch.stack(change).argsort().tolist()
+
+
+def test_noise_is_drawn_until_there_are_enough():
+    """Few batches are gone through again with other noise; labels have none, so once will do."""
+    from graphopt.observe import gradients as observed
+
+    axes = mlp()
+    data = samples(axes, 2)
+    each = []
+    for draw in range(3):
+        for batch in observed(axes.program, data, seed=2 * draw):
+            g = {name: batch.of["p_" + name.replace(".", "_")] * stored(axes, name) for name in NAMES}
+            each.append((g["one.weight"].sum(1) + g["one.bias"] + g["two.weight"].sum(0)) / 2)
+    got = score("hessian", axes, axis_of(axes, "one.weight"), data, draws=5)
+    torch.testing.assert_close(got, torch.stack(each).square().mean(0))
+    known = labelled(axes)
+    atom = axis_of(axes, "one.weight")
+    assert torch.equal(score("hessian", axes, atom, known), score("hessian", axes, atom, known, draws=1))
+
+
+def test_each_sample_by_itself():
+    """`per_sample`: the mean of squares of each sample's sum, which a batch of one gives, too."""
+    axes = mlp()
+    data = labelled(axes)
+    single = []
+    for batch, labels in zip(data, data.labels, strict=True):
+        (x,) = batch.values()
+        for n in range(len(x)):  # three times the same sample: its mean is that of one
+            triple = calibration([(x[n : n + 1].expand(3, -1), labels[n : n + 1].expand(3))], axes.program)
+            single.append(signed(axes, triple)[0] / 2)
+    got = score("hessian", axes, axis_of(axes, "one.weight"), data, per_sample=True)
+    torch.testing.assert_close(got, torch.stack(single).square().mean(0))
 
 
 def test_products_are_additive_over_a_partition():
