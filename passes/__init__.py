@@ -31,6 +31,7 @@ PASSES: dict[str, str] = {
     "factor-block-diagonal": "graphopt.passes.factor_block_diagonal:FactorBlockDiagonal",
     "drop-blocks": "graphopt.passes.drop_blocks:DropBlocks",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
+    "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }
 
 # Lossless, and on by default. Read from top to bottom.

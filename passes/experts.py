@@ -36,8 +36,9 @@ class Hidden:
 class Mixture:
     """One mixture of `experts` experts.
 
-    `stacks` are the stored weights (experts, ...). `logits` is what the router gives, (..., experts). Either `places`
-    is the tensor of the chosen experts' numbers, `readers` those of its users that look up stacks with them, and
+    `stacks` are the stored weights (experts, ...). `logits` is what the router gives, (..., experts), or with a
+    `table`, where experts were merged before, one column for each number that the table replaces. Either `places` is
+    the tensor of the chosen experts' numbers, `readers` those of its users that look up stacks with them, and
     `counters` the histograms of them; or, where all experts run, `weights` are what their results are multiplied with,
     each with the dimension that runs over experts, and `readers` who multiplies. `hidden` is empty where the experts'
     hidden neurons cannot be told.
@@ -52,6 +53,7 @@ class Mixture:
     places: Node | None = None
     counters: tuple[Node, ...] = ()
     weights: tuple[tuple[Node, int], ...] = ()
+    table: Tensor | None = None
 
 
 def mixtures(axes: Axes) -> tuple[list[Mixture], list[tuple[Node, str]]]:
@@ -98,6 +100,11 @@ def _chosen(axes: Axes, topk: Node) -> Mixture | str | None:
     places = next((user for user in topk.users if user.target is operator.getitem and user.args[1] == 1), None)
     if places is None:
         return None
+    routed, table = experts, None
+    for user in places.users:
+        if _name(user) == "index" and (groups := _table(axes, user, experts)) is not None:
+            places, table, experts = user, groups, int(groups.max()) + 1
+            break
     readers, stacks, counters = [], dict[Node, None](), dict[Node, None]()
     for user in places.users:
         ends = list(_ends(places, user))
@@ -122,7 +129,16 @@ def _chosen(axes: Axes, topk: Node) -> Mixture | str | None:
     own = tuple(stacks)
     hidden = _hidden(axes, own) or _grouped_hidden(own)
     name = module_path(next(iter(own[0].users))) or place(topk)
-    return Mixture(name, experts, own, _logits(source, experts), tuple(readers), hidden, places, tuple(counters))
+    logits = _logits(source, routed)
+    return Mixture(name, experts, own, logits, tuple(readers), hidden, places, tuple(counters), table=table)
+
+
+def _table(axes: Axes, node: Node, experts: int) -> Tensor | None:
+    """The stored numbers that a call replaces the experts' numbers with, as `merge-experts` leaves them."""
+    source = node.args[0]
+    table = axes.program.tensors.get(source.name) if isinstance(source, Node) else None
+    whole = table is not None and table.shape == (experts,) and not table.is_floating_point()
+    return table if whole else None
 
 
 def _ends(ids: Node, user: Node) -> Iterator[Node]:

@@ -135,7 +135,7 @@ def usage(program: Program, found: Sequence[Mixture], data: Any) -> list[Usage]:
     def see(name: str, value: Tensor) -> None:
         for mixture, dim in by_node[name]:
             if dim is None:
-                logits[mixture.name].append(value.double().reshape(-1, mixture.experts))
+                logits[mixture.name].append(_by_group(value.double().flatten(0, -2), mixture.table))
             elif mixture.places is not None:
                 counts[mixture.name] += value.flatten().bincount(minlength=mixture.experts)
             else:
@@ -144,6 +144,14 @@ def usage(program: Program, found: Sequence[Mixture], data: Any) -> list[Usage]:
 
     watch(program, calibration(data, program), list(by_node), see)
     return [Usage(counts[mixture.name], torch.cat(logits[mixture.name])) for mixture in found]
+
+
+def _by_group(logits: Tensor, table: Tensor | None) -> Tensor:
+    """The means of the columns (tokens, experts) that a table has one number for."""
+    if table is None:
+        return logits
+    members = F.one_hot(table.long()).double()
+    return logits @ (members / members.sum(0))
 
 
 def dominant(counts: Sequence[Tensor], average: float) -> list[Tensor]:

@@ -168,6 +168,16 @@ def test_merged_programs(form):
             assert bundle.manifest.verification.passed
 
 
+@pytest.mark.parametrize("form", ["dense", "gather"])
+def test_merged_again(form):
+    """What was merged is still a mixture, and merges further."""
+    once = MergeExperts(groups=4)(mixture_of(form))
+    twice = MergeExperts(groups=2)(once)
+    assert weights_of(twice)["up"].shape[0] == 2
+    assert weights_of(twice)["router.weight"].shape == (EXPERTS, DIM)
+    assert bool(twice(torch.randn(3, 8, DIM)).isfinite().all())
+
+
 def test_copies_are_found_by_routing():
     """Experts that are routed to alike are merged with each other, so the program hardly changes."""
     before = mixture_of("gather", copies=True)
