@@ -114,6 +114,16 @@ class Allocation(ABC):
     def levels(self, problem: Problem) -> Ints:
         """The place on its ladder for each variable, such that the budget is met. That it can be is known."""
 
+    def worth(self, problem: Problem, levels: Ints) -> Floats:
+        """Where some of the budget is left: the variable with the highest gets its last group back, if that fits.
+
+        By default the mean score of that group; any number where there is none.
+        """
+        pairs = zip(problem.losses, levels, strict=True)
+        losses = [own[max(level - 1, 0)] if len(own) else 0.0 for own, level in pairs]
+        width = problem.sizes_at(np.maximum(levels - 1, 0)) - problem.sizes_at(levels)
+        return np.array(losses) / np.maximum(width, 1)
+
     def sizes(self, problem: Problem, budget: Budget) -> dict[Axis, int]:
         """How many items of each scored axis stay; the budgeted quantity of it meets the limit.
 
@@ -129,7 +139,7 @@ class Allocation(ABC):
             asked = budget.show(problem.limit, problem.meter.full)
             raise BudgetUnreachable(file=problem.axes.program.name, kind=budget.kind, asked=asked, least=shown)
         levels = np.asarray(self.levels(problem), np.int64)
-        levels = close(problem, levels)
+        levels = close(problem, levels, self.worth)
         assert problem.cost_at(levels) <= problem.limit, f"{self.name} does not meet the budget"
         return problem.as_sizes(levels)
 
@@ -169,11 +179,14 @@ def least_prefix(problem: Problem, order: Sequence[int], start: Ints | None = No
     return after(low)
 
 
-def close(problem: Problem, levels: Ints) -> Ints:
-    """Use up what is left of the budget: give back groups, the most important first, while they fit; then, where more
+Worth = Callable[[Problem, Ints], Floats]
+
+
+def close(problem: Problem, levels: Ints, worth: Worth) -> Ints:
+    """Use up what is left of the budget: give back groups, those worth most first, while they fit; then, where more
     than SLACK is still left, exchange groups for others, whichever come nearest.
     """
-    levels = give_back(problem, levels)
+    levels = give_back(problem, levels, worth)
     for _ in range(2 * len(levels)):
         cost = problem.cost_at(levels)
         if cost >= (1 - SLACK) * problem.limit:
@@ -182,16 +195,16 @@ def close(problem: Problem, levels: Ints) -> Ints:
         if (found is None or problem.cost_at(found) < (1 - SLACK) * problem.limit) and len(levels) <= _FEW:
             found = _best(problem, levels, _exchanges(problem, levels, 8), cost)
         if found is None or problem.cost_at(found) < (1 - SLACK) * problem.limit:
-            others = _best(problem, levels, _detours(problem, levels), cost)
+            others = _best(problem, levels, _detours(problem, levels, worth), cost)
             found = _best(problem, levels, [row for row in (found, others) if row is not None], cost)
         if found is None:
             break
-        levels = give_back(problem, found)
+        levels = give_back(problem, found, worth)
     return levels
 
 
-def give_back(problem: Problem, levels: Ints) -> Ints:
-    """Take groups back, the one with the highest mean score first, while the budget stays met."""
+def give_back(problem: Problem, levels: Ints, worth: Worth) -> Ints:
+    """Take groups back, that of the variable worth most first, while the budget stays met."""
     levels = levels.copy()
     while (levels > 0).any():
         now = problem.sizes_at(levels)
@@ -199,10 +212,7 @@ def give_back(problem: Problem, levels: Ints) -> Ints:
         fits = (problem.meter.each(now, before) <= problem.limit) & (levels > 0)
         if not fits.any():
             break
-        worth = [
-            problem.losses[p][levels[p] - 1] / (before[p] - now[p]) if fits[p] else -np.inf for p in range(len(now))
-        ]
-        levels[int(np.argmax(worth))] -= 1
+        levels[int(np.argmax(np.where(fits, worth(problem, levels), -np.inf)))] -= 1
     return levels
 
 
@@ -222,7 +232,7 @@ def _exchanges(problem: Problem, levels: Ints, most: int) -> list[Ints]:
     return tried
 
 
-def _detours(problem: Problem, levels: Ints) -> list[Ints]:
+def _detours(problem: Problem, levels: Ints, worth: Worth) -> list[Ints]:
     """One group back, and instead as many of all others as it takes, those first that lose least for what they save."""
     found = []
     for place in np.nonzero(levels)[0]:
@@ -241,7 +251,7 @@ def _detours(problem: Problem, levels: Ints) -> list[Ints]:
         order = [p for p in order for _ in range(problem.depth[p] - start[p])]
         end = start + np.bincount(np.asarray(order, np.int64), minlength=len(start))
         if problem.cost_at(end) <= problem.limit:
-            found.append(give_back(problem, least_prefix(problem, order, start)))
+            found.append(give_back(problem, least_prefix(problem, order, start), worth))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from graphopt.budget import Ints
+from graphopt.budget import Floats, Ints
 from graphopt.passes.allocation.base import Allocation, Problem
 
 
@@ -33,6 +33,10 @@ class Uniform(Allocation):
             else:
                 high = middle
         return levels_of(problem, low)
+
+    def worth(self, problem: Problem, levels: Ints) -> Floats:
+        """See Allocation: the axis that keeps the smallest share."""
+        return -problem.sizes_at(levels) / problem.meter.extents
 
 
 def levels_of(problem: Problem, keep: float) -> Ints:
