@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from graphopt.axes import Axes, Axis, atoms, infer, owner, results_of
-from graphopt.axes.axis import parts
-from graphopt.axes.choice import why_not_choose
+from graphopt.axes import Axes, Axis, infer
 from graphopt.budget import meter
 from graphopt.errors import Decline
-from graphopt.passes.allocation.base import top
-from graphopt.passes.criteria.base import Elementwise
 from graphopt.passes.pool_kv_heads import PoolKvHeads
+from graphopt.passes.query_groups import outer_of
 from graphopt.passes.reduction import Reduction
 from graphopt.program import Program
-
-if TYPE_CHECKING:
-    from graphopt.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -67,51 +56,3 @@ class ReduceQueryHeads(Reduction):
                 reason = "each query head has keys of its own: give kv_heads to convert"
                 declined.append(Decline(f"{axis.label} ({axes.where(axis)})", reason))
         return super().wanted(axes, declined)
-
-    def score(self, axes: Axes, wanted: Sequence[Axis], declined: list[Decline]) -> dict[Axis, Tensor]:
-        """See Reduction: a row for every head of keys, where these may choose for themselves."""
-        outers = {inner: outer_of(axes, inner) for inner in wanted}
-        own = [inner for inner, outer in outers.items() if outer and why_not_choose(axes, outer, inner) is None]
-        criterion = self.made_criterion()
-        if not isinstance(criterion, Elementwise):
-            return super().score(axes, wanted, declined)
-        data = self.read_calibration(axes) if criterion.needs_calibration else None
-        pairs = [(outer, inner) for inner, outer in outers.items() if outer is not None]
-        found = pair_scores(axes, criterion, pairs, data)
-        return {inner: rows if inner in own else rows.sum(0) for inner, rows in found.items()}
-
-    def chosen(self, axes: Axes, axis: Axis, scores: Tensor, size: int) -> tuple[Any, Tensor]:
-        """See Reduction."""
-        if scores.dim() == 1:
-            return super().chosen(axes, axis, scores, size)
-        return (outer_of(axes, axis), axis), torch.stack([top(row, size) for row in scores])
-
-
-def outer_of(axes: Axes, inner: Axis) -> Axis | None:
-    """The heads of keys that a query group belongs to: the factor in front of it, wherever it is one of a product."""
-    for dims in axes.dims.values():
-        for own in results_of(dims):
-            for axis in own:
-                factors = parts(axis, "product")
-                for before, after in itertools.pairwise(factors):
-                    if after is inner and before.kind is None:
-                        return before
-    return None
-
-
-def pair_scores(
-    axes: Axes, criterion: Elementwise, pairs: Sequence[tuple[Axis, Axis]], data: Calibration | None
-) -> dict[Axis, Tensor]:
-    """The sum of an elementwise criterion over what belongs to each pair of items: (outer, inner), by inner axis."""
-    found = {inner: torch.zeros(outer.extent * inner.extent, dtype=torch.float64) for outer, inner in pairs}
-    for member, values in criterion.elements(axes, data):
-        for outer, inner in pairs:
-            for place, axis in enumerate(member.dims):
-                if inner not in atoms(axis) or outer not in atoms(axis):
-                    continue
-                first, second = owner(axis, outer), owner(axis, inner)
-                own = (first >= 0) & (second >= 0)
-                others = [n for n in range(values.dim()) if n != place]
-                line = values.double().sum(others) if others else values.double()
-                found[inner].index_add_(0, (first * inner.extent + second)[own], line[own])
-    return {inner: found[inner].reshape(outer.extent, inner.extent) for outer, inner in pairs}

@@ -10,10 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from graphopt.axes import Axes, Axis, infer
 from graphopt.budget import SLACK, Budget, Meter, meter
+from graphopt.compensate import compensate_in
 from graphopt.cost import alignment
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, Decline
@@ -22,6 +24,7 @@ from graphopt.passes import criteria
 from graphopt.passes.allocation.base import Allocation, Problem, ladder, top
 from graphopt.passes.base import Pass
 from graphopt.passes.criteria.base import Criterion
+from graphopt.passes.query_groups import outer_of, rows_of
 from graphopt.shrink import shrink_in
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class Reduction(Pass):
         half the step, and so on.
     calibration: data for criteria and allocations that measure; the example inputs where there is none.
     target: what "auto" and latency refer to.
+    compensate: fit the layers behind the cut anew on the calibration data; where such is given, if it is not said.
     """
 
     lossless: ClassVar[bool] = False
@@ -81,6 +85,7 @@ class Reduction(Pass):
     step: int | str = "auto"
     calibration: Any = None
     target: Any = None
+    compensate: bool | None = None
 
     # What subclasses may change ---------------------------------------------------------------------------------------
 
@@ -127,6 +132,10 @@ class Reduction(Pass):
         for axis in plan.cut:
             edit.count(f"{axes.role(axis) or 'axis'} axis")
         edit.details += explain(axes, plan, self.on_target)
+        if plan.keep and (self.calibration is not None if self.compensate is None else self.compensate):
+            data = self.read_calibration(axes)
+            if self.compensate or not data.is_example:
+                compensate_in(edit, axes, plan.keep, data, merge=plan.merge)
 
     def plan(self, axes: Axes) -> Plan:
         """What stays of which axis, without changing anything. Raises BadOption, BudgetUnreachable."""
@@ -149,7 +158,9 @@ class Reduction(Pass):
 
     def chosen(self, axes: Axes, axis: Axis, scores: Tensor, size: int) -> tuple[Any, Tensor]:
         """Which items of an axis stay, as `shrink` takes them: what to call the axis, and the indices."""
-        return axis, top(scores, size)
+        if scores.dim() == 1:
+            return axis, top(scores, size)
+        return (outer_of(axes, axis), axis), torch.stack([top(row, size) for row in scores])
 
     def check(self) -> None:
         """Options that contradict each other. Raises BadOption."""
@@ -189,7 +200,7 @@ class Reduction(Pass):
         declined += criterion.fallbacks(axes, wanted)
         data = self.read_calibration(axes) if criterion.needs_calibration else None
         found = criterion.scores(axes, wanted, data)
-        return {axis: found[axis] for axis in wanted}
+        return rows_of(axes, criterion, {axis: found[axis] for axis in wanted}, data)
 
     def made_criterion(self) -> Criterion:
         """The criterion with its options. Raises BadOption."""

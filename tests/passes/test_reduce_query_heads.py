@@ -11,7 +11,8 @@ from graphopt.axes import infer
 from graphopt.budget import Budget
 from graphopt.cost import cost_model, summary
 from graphopt.errors import CannotShrink
-from graphopt.passes.reduce_query_heads import ReduceQueryHeads, outer_of
+from graphopt.passes.query_groups import outer_of
+from graphopt.passes.reduce_query_heads import ReduceQueryHeads
 from graphopt.shrink import shrink
 from tests.passes.reducing import assert_is_masked, prepared, shapes
 from tests.programs import assert_same, program_of
