@@ -159,22 +159,20 @@ class DropBlocks(Pass):
 def remove(edit: Edit, block: Sequence[Branch], nodes: Mapping[str, Node] | None = None) -> None:
     """Let every reader of the sums read the shortcuts, and erase what only the branches needed."""
     nodes = nodes or {node.name: node for node in edit.graph.nodes}
-    alive = set(edit.graph.nodes)
     for branch in reversed(block):
-        total = nodes[branch.total.name]
-        if total not in alive:
+        alive = set(edit.graph.nodes)
+        total, own = nodes.get(branch.total.name), nodes.get(branch.branch.name)
+        if total not in alive or own is None:
             continue  # it was within another that went
-        shortcut, own = (nodes[each.name] for each in (branch.shortcut, branch.branch))
-        # What stood in the place of the shortcut may have gone: the sum's argument is what counts now.
-        operands = [each for each in total.all_input_nodes if each is not own]
-        shortcut = operands[0] if operands else shortcut
+        assert total is not None
+        # Not `branch.shortcut`: what stood there may have gone, and its own shortcut come in its place.
+        (shortcut,) = (operand for operand in total.all_input_nodes if operand is not own)
         going = dying(own, total)
         edit.replace(total, shortcut)
         for node in reversed(list(edit.graph.nodes)):
             unread = node.op == "placeholder" and not node.users
             if node in going or (unread and edit.is_stored(node) and not edit.is_mutated(node)):
                 edit.graph.erase_node(node)
-        alive = set(edit.graph.nodes)
 
 
 def _distance(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -106,6 +107,7 @@ class Factoring(Pass):
 
     def _layers(self, edit: Edit, program: Program) -> list[Layer]:
         wanted = None if self.include else feed_forward(infer(program))
+        storages = Counter(tensor.untyped_storage().data_ptr() for tensor in program.tensors.values())
         found: list[Layer] = []
         for node in edit.graph.nodes:
             if wanted is not None and node.name not in wanted:
@@ -115,8 +117,13 @@ class Factoring(Pass):
                 edit.decline(node, layer)
             if not isinstance(layer, Layer) or matches(layer.name, self.exclude):
                 continue
-            if not self.include or matches(layer.name, self.include):
-                found.append(layer)
+            weight = edit.tensor(layer.node.args[1])
+            if self.include and not matches(layer.name, self.include):
+                continue
+            if weight is not None and storages[weight.untyped_storage().data_ptr()] > 1:
+                edit.decline(node, "its weight is tied to another tensor")
+                continue
+            found.append(layer)
         if self.dense_first and found:
             first = found[0].name.rpartition(".")[0]
             found = [layer for layer in found if layer.name.rpartition(".")[0] != first]

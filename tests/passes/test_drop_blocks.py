@@ -178,6 +178,19 @@ def test_layers():
         assert bundle.manifest.verification.passed
 
 
+def test_neighbours_go_in_any_order():
+    """Dropping one and then the next behind it, or in front of it, is dropping both."""
+    program = tiny("deit_s")
+    found, _ = branches(program)
+    wanted = run_without(program, found, program.example_inputs)
+    for order in (found, found[::-1], found[1:] + found[:1]):
+        edit = Edit(program)
+        for branch in order:
+            remove(edit, [branch])
+        got = program.replace(exported=edit.finish()).run(program.example_inputs)
+        torch.testing.assert_close(next(iter(got.values())), wanted[0], rtol=1e-5, atol=1e-5)
+
+
 def test_nested_blocks_go_with_the_outer_one():
     """Dropping the outer branch takes the inner one along, whichever goes first."""
     before = program_of(
