@@ -107,11 +107,12 @@ def _call(node: Node, axes: Axes, kept: Keep, values: Mapping[Node, Any]) -> Any
         return _group_norm(args[0], groups, given, dims, kept)
     by_shape = name in ("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
     own = range(len(dims) - len(args[1]), len(dims)) if by_shape else range(len(dims))
-    places = [place for place in own if touched(dims[place], kept)]
+    plain = {atom: indices for atom, indices in kept.items() if not isinstance(indices, Choice)}
+    places = [place for place in own if touched(dims[place], plain)]
     if not places:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     # The operator on what is kept, put back where it came from; in the dimensions that it reduces nothing is put back.
-    taken = {place: index(dims[place], kept) for place in places}
+    taken = {place: index(dims[place], plain).sort().values for place in places}
     small = args[0]
     for place, indices in taken.items():
         small = small.index_select(place, indices)
@@ -134,7 +135,7 @@ def _put_back(value: Any, like: Any, dims: Any, kept: Keep) -> Any:
         if touched(axis, kept) and value.shape[place] != like.shape[place]:
             shape = list(value.shape)
             shape[place] = like.shape[place]
-            value = torch.zeros(shape, dtype=value.dtype).index_copy(place, index(axis, kept), value)
+            value = torch.zeros(shape, dtype=value.dtype).index_copy(place, index(axis, kept).sort().values, value)
     return value
 
 

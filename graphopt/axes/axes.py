@@ -119,14 +119,13 @@ class Axes:
 
     def where(self, axis: Axis) -> str:
         """The first stored tensor that has an atom, in the user's names, such as `layer1.0.conv1.weight[0]`."""
-        names = self._names
         own = self.stored_in(axis)
         produced = [item for item in own if not item[2]] or own
         if not produced:
             occurrences = self.occurrences.get(ax.find(axis), [])
             return place(occurrences[0].node) if occurrences else ax.show(axis)
         name, dim, _ = produced[0]
-        return f"{names.get(name) or name}[{dim}]"
+        return f"{self.tensor_name(name)}[{dim}]"
 
     def explain(self, axis: Axis) -> list[str]:
         """What is known about an atom, a line each: what it is, why it is pinned, statistics over it, where it is."""
@@ -134,14 +133,17 @@ class Axes:
         kind = f"{self.role(axis) or 'axis'} of {axis.extent}"
         lines = [f"{axis.label or 'unnamed'}: {kind}, {'free' if axis.pinned is None else f'pinned: {axis.pinned}'}"]
         lines += [f"  statistics are taken over it in {where}" for where in self.statistics.get(axis, ())]
-        names = self._names
         for name, dim, summed in self.stored_in(axis):
-            lines.append(f"  {names.get(name) or name}[{dim}]{', summed over' if summed else ''}")
+            lines.append(f"  {self.tensor_name(name)}[{dim}]{', summed over' if summed else ''}")
         return lines
 
     def name_of(self, node: Node) -> str:
         """A node in the user's names: its tensor's, else its own."""
-        return self._names.get(node.name) or node.name
+        return self.tensor_name(node.name)
+
+    def tensor_name(self, placeholder: str) -> str:
+        """What the user calls the tensor behind a placeholder, such as `layer1.0.conv1.weight`."""
+        return self._names.get(placeholder) or placeholder
 
     @staticmethod
     def is_elementwise(node: Node) -> bool:

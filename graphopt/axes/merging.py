@@ -48,7 +48,8 @@ def _check_uses(axes: Axes, atom: Axis, found: set[tuple[Node, int]]) -> None:
             continue
         summed = any((node, n) in found for n in range(len(dims)))
         for user, through in _users(axes, node):
-            if summed is not any(operand is through for operand, _ in axes.sums.get(user, ())):
+            operands = [dim for operand, dim in axes.sums.get(user, ()) if operand is through]
+            if summed is not any(atom in atoms(results_of(axes.dims[through])[0][dim]) for dim in operands):
                 raise CannotMerge(f"{axes.name_of(node)} is summed over in one place and not in another")
         tensor = axes.program.tensors[node.name]
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())

@@ -36,6 +36,10 @@ def inspect(
     factory: Factory = None,
     unsafe_load: UnsafeLoad = False,
     imports: Imports = None,
+    axes: Annotated[
+        bool, typer.Option("--axes", help="Show the axes of each tensor instead, and which of them may shrink.")
+    ] = False,
+    pinned: Annotated[bool, typer.Option("--pinned", help="Show only the axes that must not shrink, and why.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -44,6 +48,10 @@ def inspect(
     """Show a model's layers, shapes, FLOPs, parameters and bytes, or a bundle's manifest and kernels."""
     out = Output(json, quiet, verbose)
     if Path(model).is_dir():
+        if axes or pinned:
+            from graphopt.errors import BadOption
+
+            raise BadOption(what="a bundle has no axes any more", way_out="inspect the model that it was made from")
         with out.working("checking the bundle"):
             from graphopt.bundle import load
 
@@ -52,11 +60,18 @@ def inspect(
         return
     with out.working("importing PyTorch"):
         from graphopt.capture import capture
+        from graphopt.cli.axes import axes_as_json, axes_of, print_axes
         from graphopt.cost import summary
 
         user_code(imports, needed=bool(factory) or unsafe_load)
         out.step("capturing")
         program = capture(model, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load)
+        if axes or pinned:
+            out.step("finding axes")
+            found = axes_of(program)
+            data = axes_as_json(found, pinned_only=pinned)
+            out.result(data, lambda console: print_axes(console, found, pinned_only=pinned))
+            return
         cost = summary(program)
     out.result(_as_json(program, cost), lambda console: _print_program(console, program, cost))
 
