@@ -13,7 +13,7 @@ from torch.fx import Node
 from graphopt.axes import Axes, Axis, find, infer, owner, results_of
 from graphopt.axes.axis import atoms
 from graphopt.edit import Edit
-from graphopt.errors import CannotShrink, Decline
+from graphopt.errors import BadOption, CannotShrink, Decline
 from graphopt.exported import op_name
 from graphopt.passes.base import Pass
 from graphopt.place import place
@@ -41,17 +41,21 @@ class PoolKvHeads(Pass):
     name: ClassVar[str] = "pool-kv-heads"
     lossless: ClassVar[bool] = False
 
-    kv_heads: int
+    kv_heads: int | None = None
     conversion: Literal["mean-pool", "group"] = "mean-pool"
 
     def apply(self, edit: Edit) -> None:
-        """See Pass."""
+        """See Pass. Raises BadOption where nothing says how many heads stay."""
+        if self.kv_heads is None or self.kv_heads < 1:
+            raise BadOption(
+                what=f"{self.name}: kv_heads is {self.kv_heads}", way_out="give how many heads stay, from 1"
+            )
         axes = infer(edit.program)
         found: dict[Axis, list[Node]] = {}
         for node in axes.program.graph.nodes:
             if node.op == "call_function" and "scaled_dot_product_attention" in op_name(node):
                 head = _head_of(axes, node)
-                reason = head if isinstance(head, str) else self._why_not(head)
+                reason = head if isinstance(head, str) else _why_not(head, self.kv_heads)
                 if reason is not None or isinstance(head, str):
                     edit.declined.append(Decline(place(node), str(reason)))
                 else:
@@ -61,7 +65,7 @@ class PoolKvHeads(Pass):
             if isinstance(path, str):
                 edit.declined.append(Decline(f"{head.label} ({axes.where(head)})", path))
                 continue
-            groups = self.groups(axes, head, path)
+            groups = self.groups(axes, head, path, self.kv_heads)
             try:
                 _convert(edit, axes, head, calls, path, groups)
             except CannotShrink as error:
@@ -71,14 +75,9 @@ class PoolKvHeads(Pass):
             row = {"axis": head.label, "role": "kv_head", "where": axes.where(head), "from": head.extent}
             edit.details.append({**row, "to": len(groups), "groups": " ".join("+".join(map(str, g)) for g in groups)})
 
-    def _why_not(self, head: Axis) -> str | None:
-        if head.extent % self.kv_heads:
-            return f"{head.extent} heads cannot share {self.kv_heads} heads of keys and values evenly"
-        return "it has no more heads of keys and values" if head.extent == self.kv_heads else None
-
-    def groups(self, axes: Axes, head: Axis, path: frozenset[Node]) -> list[list[int]]:
+    def groups(self, axes: Axes, head: Axis, path: frozenset[Node], kv_heads: int) -> list[list[int]]:
         """The heads of each group, in the order of the groups."""
-        each = head.extent // self.kv_heads
+        each = head.extent // kv_heads
         if self.conversion == "mean-pool":
             return [list(range(start, start + each)) for start in range(0, head.extent, each)]
         pieces = []
@@ -91,6 +90,12 @@ class PoolKvHeads(Pass):
                         by_head = tensor.movedim(n, 0)[items.argsort(stable=True)].reshape(head.extent, -1)
                         pieces.append(by_head / by_head.norm().clamp_min(1e-30))
         return balanced(torch.cat(pieces, 1), each)
+
+
+def _why_not(head: Axis, kv_heads: int) -> str | None:
+    if head.extent % kv_heads:
+        return f"{head.extent} heads cannot share {kv_heads} heads of keys and values evenly"
+    return "it has no more heads of keys and values" if head.extent == kv_heads else None
 
 
 def balanced(items: Tensor, each: int) -> list[list[int]]:

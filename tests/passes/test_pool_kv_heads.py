@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphopt.axes import infer
+from graphopt.errors import BadOption
 from graphopt.passes.pool_kv_heads import PoolKvHeads, balanced
 from tests.passes.reducing import prepared, shapes
 from tests.passes.test_reduce_query_heads import HEAD, grouped
@@ -77,3 +78,10 @@ def test_groups_are_balanced():
     groups = balanced(torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), 3)
     assert sorted(item for group in groups for item in group) == list(range(12))
     assert [len(group) for group in groups] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("kv_heads", [None, 0])
+def test_number_must_be_given(kv_heads):
+    """Without a number of heads there is nothing to do, and the error says so."""
+    with pytest.raises(BadOption, match="kv_heads is"):
+        PoolKvHeads(kv_heads)(grouped(4, 4))
