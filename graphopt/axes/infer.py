@@ -181,7 +181,7 @@ class Inference:
             if not isinstance(result, Node):
                 continue
             dims = results_of(self.dims.get(result) or [])[0]
-            if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in targets:
+            if spec.kind in _MUTATIONS and spec.target in targets:
                 for a, b in zip(dims, self.dims[targets[spec.target]], strict=True):
                     ax.unify(a, b)
             else:
@@ -230,7 +230,7 @@ class Inference:
 def _constants(program: Program) -> dict[Node, Tensor]:
     """The stored tensors that no run of the program changes, by placeholder."""
     outputs = program.exported.graph_signature.output_specs
-    mutated = {spec.target for spec in outputs if spec.kind is OutputKind.BUFFER_MUTATION}
+    mutated = {spec.target for spec in outputs if spec.kind in _MUTATIONS}
     names = {spec.arg.name: spec.target for spec in program.exported.graph_signature.input_specs}
     tensors = program.tensors
     return {
@@ -254,6 +254,7 @@ def _through(node: Node, step: Callable[[Node], list[Node]]) -> Node | None:
     return None
 
 
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 _FAR = 12
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})

@@ -13,7 +13,8 @@ from graphopt.capture import capture
 from graphopt.edit import Edit
 from graphopt.program import Program
 from graphopt.shrink import shrink
-from tests.graphopt.axes.single import aten
+from tests.graphopt.axes.single import assert_equal, aten
+from tests.masking import masked_run
 from tests.programs import program_of
 
 X = torch.randn(2, 6)
@@ -80,6 +81,27 @@ def test_mutated_buffers_keep_their_axes() -> None:
     (neuron,) = axes.free()
     after = shrink(axes, {neuron: [0, 5, 2]})
     assert {tuple(value.shape) for value in after.tensors.values()} == {(3, 6), (3,), (3, 3)}
+
+
+def test_parameters_that_a_program_updates_are_no_outputs() -> None:
+    """As RWKV's, which scales its weights in place: their axes are pinned by nothing."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.second.weight.div_(2.0)
+            return self.second(torch.relu(self.first(x)))
+
+    axes = infer(capture(Net().eval(), (X,)))
+    (neuron,) = axes.free()
+    assert axes.where(neuron) == "first.weight[0]"
+    keep = {neuron: [0, 5, 2]}
+    examples = axes.program.example_inputs
+    assert_equal(shrink(axes, keep).run(examples), masked_run(axes, keep, examples), 1e-5, keep)
 
 
 def _chain(length: int, kind: str) -> Program:
