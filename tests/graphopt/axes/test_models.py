@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graphopt.axes import Axes, infer
 from graphopt.capture import capture
@@ -58,11 +59,14 @@ def test_shrink_equals_mask(name: str) -> None:
     axes = axes_of(name)
     assert not axes.unknown
     assert len(axes.free()) == FREE[name], "\n".join(line for a in axes.atoms for line in axes.explain(a))
-    tolerance = 2e-4 if name in SINGLE else 1e-9
-    assert_shrinks(axes.program, axes=axes, alone=False, tolerance=tolerance)
+    tolerance = 2e-4 if name in SINGLE else 1e-6 if name == "hf-llama" else 1e-9  # its norms go through float32
+    # PyTorch's own attention kernel misreads a float32 mask among float64 tensors; its plain arithmetic does not.
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_shrinks(axes.program, axes=axes, alone=False, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", ["llama", "swin", "hard-shufflenet", "hard-mha_unbind", "hard-hiera"])
 def test_each_axis_alone(name: str) -> None:
     """Each free axis on its own."""
-    assert_shrinks(axes_of(name).program, axes=axes_of(name), tolerance=1e-9)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_shrinks(axes_of(name).program, axes=axes_of(name), tolerance=1e-9)
