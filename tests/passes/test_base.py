@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from graphopt.capture import capture
+from graphopt.edit import Edit
 from graphopt.passes import CANONICALISE, PASSES, load, make
 from graphopt.passes.base import InvalidProgram, Pass, Record, max_abs_errors, run_passes
-from graphopt.edit import Edit
 from tests.models import TINY
 from tests.programs import assert_same, ops, program_of, tiny
 
