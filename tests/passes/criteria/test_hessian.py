@@ -36,7 +36,7 @@ def test_on_a_quadratic_loss_the_order_is_that_of_the_true_change():
     two.weight.data.copy_(seeded(4, 5, seed=1) * torch.tensor([0.1, 3.0, 1.0, 0.4, 1.7]))
     axes = axes_of(program_of(lambda s, x: s.two(s.one(x)), seeded(1, 6), one=one, two=two))
     data = calibration([seeded(1, 6, seed=n) for n in range(200)], axes.program)
-    got = score("hessian", axes, axis_of(axes, "one.weight"), data)
+    got = score("hessian", axes, axis_of(axes, "one.weight"), data, normalise="tensors")
     x = torch.cat([next(iter(batch.values())) for batch in data])
     whole = x @ one.weight.T @ two.weight.T
     change = []
@@ -57,7 +57,7 @@ def test_noise_is_drawn_until_there_are_enough():
         for batch in observed(axes.program, data, seed=2 * draw):
             g = {name: batch.of["p_" + name.replace(".", "_")] * stored(axes, name) for name in NAMES}
             each.append((g["one.weight"].sum(1) + g["one.bias"] + g["two.weight"].sum(0)) / 2)
-    got = score("hessian", axes, axis_of(axes, "one.weight"), data, draws=5)
+    got = score("hessian", axes, axis_of(axes, "one.weight"), data, draws=5, normalise="tensors")
     torch.testing.assert_close(got, torch.stack(each).square().mean(0))
     known = labelled(axes)
     atom = axis_of(axes, "one.weight")
@@ -74,7 +74,7 @@ def test_each_sample_by_itself():
         for n in range(len(x)):  # three times the same sample: its mean is that of one
             triple = calibration([(x[n : n + 1].expand(3, -1), labels[n : n + 1].expand(3))], axes.program)
             single.append(signed(axes, triple)[0] / 2)
-    got = score("hessian", axes, axis_of(axes, "one.weight"), data, per_sample=True)
+    got = score("hessian", axes, axis_of(axes, "one.weight"), data, per_sample=True, normalise="tensors")
     torch.testing.assert_close(got, torch.stack(single).square().mean(0))
 
 
@@ -93,7 +93,9 @@ def test_products_are_additive_over_a_partition():
 def test_one_layer_or_three_make_no_difference():
     """q, k and v in one tensor count as three, so that scores are those of three layers."""
     fused, apart = attention(True), attention(False)
-    one, three = (score("hessian", axes, axes.free("head")[0], samples(axes)) for axes in (fused, apart))
+    one, three = (
+        score("hessian", axes, axes.free("head")[0], samples(axes), normalise="tensors") for axes in (fused, apart)
+    )
     torch.testing.assert_close(one, three)
 
 
