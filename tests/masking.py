@@ -125,7 +125,7 @@ def _call(node: Node, axes: Axes, kept: Keep, values: Mapping[Node, Any]) -> Any
                 for place, indices in taken.items():
                     rest[n] = rest[n].index_select(place - first, indices)
     result = node.target(small, *rest, **kwargs)  # type: ignore[operator]
-    return _put_back(result, node.meta["val"], axes.dims[node], kept)
+    return _put_back(result, node.meta["val"], axes.dims[node], plain)
 
 
 def _put_back(value: Any, like: Any, dims: Any, kept: Keep) -> Any:

@@ -152,7 +152,7 @@ class Inference:
             if node.op != "call_function" or operator_of(node) not in _SOFTMAX or node not in self.dims:
                 continue
             scores = results_of(self.dims[node])[0]
-            before = _through(node, lambda n: n.all_input_nodes[:1])
+            before = _through(node, lambda n: [i for i in n.all_input_nodes if i.op == "call_function"])
             after = _through(node, lambda n: list(n.users))
             if before is None or after is None or len(scores) < 3:
                 continue

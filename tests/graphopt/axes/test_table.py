@@ -50,7 +50,7 @@ def _pointwise() -> list[str]:
         for overload in packet.overloads() if hasattr(packet, "overloads") else ():
             if torch.Tag.pointwise in getattr(packet, overload).tags and not name.endswith("_"):
                 names.add(name)
-    return sorted(names - RULES.keys() - RANDOM - {name_of(one) for one in CASES})
+    return sorted(names - {"equal"} - RULES.keys() - RANDOM - {name_of(one) for one in CASES})
 
 
 def _call(name: str) -> Case | None:
