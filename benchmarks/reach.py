@@ -69,8 +69,34 @@ def compile(state: State) -> None:
         state.facts["max_rel_error"] = verification.max_rel_error
 
 
+def infer(state: State) -> None:
+    """Find the axes; what no rule covers is a fact, not a failure."""
+    from graphopt.axes import infer as infer_axes
+    from graphopt.passes import PREPARE
+    from graphopt.passes.base import run_passes
+
+    axes = infer_axes(run_passes(state.program, PREPARE, check=False))
+    state.facts["free"] = len(axes.free())
+    state.facts["unknown"] = [decline.reason for decline in axes.unknown]
+
+
+def prune(state: State) -> None:
+    """Cut to half of the FLOPs; where channels, neurons and heads are too few, the width of the stream as well."""
+    from graphopt.errors import BudgetUnreachable
+    from graphopt.optimize import plan, reduce
+
+    try:
+        done = reduce(state.program, plan(("prune",), None, {"flops": 0.5}))
+    except BudgetUnreachable:
+        roles = ("channel", "neuron", "head", "query_group", "head_dim", "embedding")
+        done = reduce(state.program, plan(("prune",), None, {"flops": 0.5, "axes": roles, "min_keep": 0.02}))
+    state.program = done.after
+
+
 STAGES: tuple[tuple[str, Callable[[State], None]], ...] = (
     ("capture", capture),
+    ("infer", infer),
+    ("prune", prune),
     ("compile", compile),
 )
 
