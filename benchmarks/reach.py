@@ -1,7 +1,10 @@
-"""How far graphopt reaches: every architecture of `tests/architectures.py` through every stage.
+"""How far graphopt reaches: every architecture and every model of the tests through every stage.
 
     python -m benchmarks.reach                                # all of them; prints a table and writes JSON
-    python -m benchmarks.reach mixtral mamba --skip compile
+    python -m benchmarks.reach mixtral hard-mamba --skip compile
+
+Models are those of `tests/architectures.py` by their names, TINY of `tests/models.py` as `tiny-NAME`, and HARD of
+`tests/hard_nets.py` as `hard-NAME`. What is compiled is what is left after pruning.
 
 A row says which stages a model passed and why it stopped where it did. Each model runs in a process of its own with a
 time limit, so that one which hangs or crashes is a row like any other. A stage is a line in STAGES: a name, and a
@@ -29,12 +32,28 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.architectures import ARCHITECTURES
+from tests.hard_nets import HARD
+from tests.models import TINY
 
+MODELS: dict[str, Callable[[], Any]] = {
+    **{f"tiny-{name}": build for name, build in TINY.items()},
+    **ARCHITECTURES,
+    **{f"hard-{name}": build for name, build in HARD.items()},
+}
+# What the budget is asked for, one after another, until it is reached.
+ATTEMPTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"axes": ("channel", "neuron", "head", "query_group", "head_dim", "embedding")},
+    {"axes": ("channel", "neuron", "head", "query_group", "head_dim", "embedding"), "min_keep": 0.02, "step": 1},
+)
+
+SHOWN = ("nodes", "free", "flops")
 # Loaded once, by the process that the models' processes are copies of.
 PRELOADED = (
     "torch",
     "transformers",
     "graphopt",
+    "graphopt.axes",
     "graphopt.codegen.lower",
     "graphopt.targets.run_native",
     "tests.hf_models",
@@ -54,19 +73,9 @@ def capture(state: State) -> None:
     """Build the model, and its graph."""
     import graphopt
 
-    module, inputs = ARCHITECTURES[state.name]()
+    module, inputs = MODELS[state.name]()
     state.program = graphopt.capture(module, inputs, name=re.sub(r"\W", "_", state.name))
     state.facts["nodes"] = len(state.program.graph.nodes)
-
-
-def compile(state: State) -> None:
-    """Compile for this machine; the bundle is verified against PyTorch."""
-    import graphopt
-
-    with graphopt.compile(state.program, target="cpu") as bundle:
-        verification = bundle.manifest.verification
-        assert verification.passed, str(verification)
-        state.facts["max_rel_error"] = verification.max_rel_error
 
 
 def infer(state: State) -> None:
@@ -82,15 +91,33 @@ def infer(state: State) -> None:
 
 def prune(state: State) -> None:
     """Cut to half of the FLOPs; where channels, neurons and heads are too few, the width of the stream as well."""
+    from graphopt import targets
     from graphopt.errors import BudgetUnreachable
-    from graphopt.optimize import plan, reduce
+    from graphopt.optimize import plan, reduce, sizes
 
-    try:
-        done = reduce(state.program, plan(("prune",), None, {"flops": 0.5}))
-    except BudgetUnreachable:
-        roles = ("channel", "neuron", "head", "query_group", "head_dim", "embedding")
-        done = reduce(state.program, plan(("prune",), None, {"flops": 0.5, "axes": roles, "min_keep": 0.02}))
+    for number, options in enumerate(ATTEMPTS):
+        try:
+            recipe = plan(("prune",), None, {"flops": 0.5, "criterion": "l2", **options})
+            done = reduce(state.program, recipe, target=targets.resolve("cpu"))
+        except BudgetUnreachable:
+            if number == len(ATTEMPTS) - 1:
+                raise
+        else:
+            break
+    state.facts["attempt"] = number + 1
+    state.facts["flops"] = round(sizes(done.after)["flops"] / sizes(done.before)["flops"], 4)
+    assert state.facts["flops"] <= 0.5 + 1e-4, f"{state.facts['flops']} of the FLOPs are left"
     state.program = done.after
+
+
+def compile(state: State) -> None:
+    """Compile for this machine; the bundle is verified against PyTorch."""
+    import graphopt
+
+    with graphopt.compile(state.program, target="cpu") as bundle:
+        verification = bundle.manifest.verification
+        assert verification.passed, str(verification)
+        state.facts["max_rel_error"] = verification.max_rel_error
 
 
 STAGES: tuple[tuple[str, Callable[[State], None]], ...] = (
@@ -173,26 +200,32 @@ def _shown(row: dict[str, Any], stages: list[str]) -> list[str]:
     verdicts = row["stages"]
     marks = ["-" if s not in verdicts else "ok" if verdicts[s]["ok"] else "[red]failed[/]" for s in stages]
     reason = next((verdict["reason"] for verdict in verdicts.values() if not verdict["ok"]), "")
-    return [row["model"], str(row.get("nodes", "")), *marks, f"{row['seconds']:.1f}", reason.replace("[", r"\[")]
+    return [
+        row["model"],
+        *(str(row.get(fact, "")) for fact in SHOWN),
+        *marks,
+        f"{row['seconds']:.1f}",
+        reason.replace("[", r"\["),
+    ]
 
 
 def main() -> None:
     """Parse the command line, run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage for stage, _ in STAGES]
-    parser.add_argument("model", nargs="*", help="default: all of tests/architectures.py")
+    parser.add_argument("model", nargs="*", help="default: all of them")
     parser.add_argument("--skip", action="append", choices=names[1:], default=[], help="leave a stage out")
     parser.add_argument("--seconds", type=float, default=180.0, help="per model, at most (default: 180)")
     parser.add_argument("-o", "--output", type=Path, default=Path("reach.json"), help="default: reach.json")
     options = parser.parse_args()
-    if unknown := [name for name in options.model if name not in ARCHITECTURES]:
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(ARCHITECTURES))}")
+    if unknown := [name for name in options.model if name not in MODELS]:
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(sorted(MODELS))}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # only configurations are read
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     stages = [name for name in names if name not in options.skip]
     console, rows = Console(), []
-    table = Table("model", "nodes", *stages, "seconds", "reason", title="reach")
-    for name in options.model or ARCHITECTURES:
+    table = Table("model", *SHOWN, *stages, "seconds", "reason", title="reach")
+    for name in options.model or MODELS:
         rows.append(measure(name, options.skip, options.seconds))
         cells = _shown(rows[-1], stages)
         table.add_row(*cells)
@@ -200,6 +233,9 @@ def main() -> None:
         report = {"machine": platform.processor() or platform.machine(), "rows": rows}
         options.output.write_text(json.dumps(report, indent=1) + "\n")
     console.print(table)
+    for row in rows:
+        if row.get("unknown"):
+            console.print(row["model"], "has no rule for", *row["unknown"], sep="\n  ", highlight=False, markup=False)
     for stage in stages:
         passed = sum(row["stages"].get(stage, {}).get("ok", False) for row in rows)
         console.print(f"{stage}: {passed} of {len(rows)}", highlight=False)
