@@ -4,11 +4,13 @@
     python -m benchmarks.reach mixtral hard-mamba --skip compile
 
 Models are those of `tests/architectures.py` by their names, TINY of `tests/models.py` as `tiny-NAME`, and HARD of
-`tests/hard_nets.py` as `hard-NAME`. What is compiled is what is left after pruning.
+`tests/hard_nets.py` as `hard-NAME`. Whether their axes are right shows on a random cut of all of them at once, in
+float64, against the masked program; then the model is pruned to half of its FLOPs, and what is left is compiled.
 
 A row says which stages a model passed and why it stopped where it did. Each model runs in a process of its own with a
 time limit, so that one which hangs or crashes is a row like any other. A stage is a line in STAGES: a name, and a
-function that reads and fills a State; what it raises is the reason of the failure, and later stages are left out.
+function that reads and fills a State; what it raises is the reason of the failure, and later stages are left out (but
+not after `equal`).
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"axes": ("channel", "neuron", "head", "query_group", "head_dim", "embedding"), "min_keep": 0.02, "step": 1},
 )
 
+# How far a cut program may be from the masked one, in float64, as a share of the largest value of an output.
+EQUAL = 1e-8
+
 SHOWN = ("nodes", "free", "flops")
 # Loaded once, by the process that the models' processes are copies of.
 PRELOADED = (
@@ -57,6 +62,7 @@ PRELOADED = (
     "graphopt.codegen.lower",
     "graphopt.targets.run_native",
     "tests.hf_models",
+    "tests.masking",
 )
 
 
@@ -66,6 +72,7 @@ class State:
 
     name: str
     program: Any = None
+    axes: Any = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,9 +91,55 @@ def infer(state: State) -> None:
     from graphopt.passes import PREPARE
     from graphopt.passes.base import run_passes
 
-    axes = infer_axes(run_passes(state.program, PREPARE, check=False))
-    state.facts["free"] = len(axes.free())
-    state.facts["unknown"] = [decline.reason for decline in axes.unknown]
+    state.axes = infer_axes(run_passes(state.program, PREPARE, check=False))
+    state.facts["free"] = len(state.axes.free())
+    state.facts["unknown"] = [decline.reason for decline in state.axes.unknown]
+
+
+def equal(state: State) -> None:
+    """A random part of every free axis, all at once: what is left computes what the masked program does."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import graphopt
+    from tests.masking import masked_run
+
+    axes, generator = state.axes, torch.Generator().manual_seed(0)
+    keep = {}
+    for atom in axes.free():
+        stays = int(torch.randint(1, atom.extent + 1, (), generator=generator))
+        keep[atom] = torch.randperm(atom.extent, generator=generator)[:stays].sort().values
+    small, inputs = graphopt.shrink(axes, keep), axes.program.example_inputs
+    with sdpa_kernel(SDPBackend.MATH), _float64():
+        wanted, got = masked_run(axes, keep, inputs), small.run(inputs)
+    error = 0.0
+    for name, value in wanted.items():
+        assert got[name].shape == value.shape, f"{name} has another shape"
+        assert value.isfinite().all(), f"{name} is not finite where it is masked"
+        apart = (got[name].double() - value.double()).abs().max() if value.numel() else torch.tensor(0.0)
+        error = max(error, float(apart / value.double().abs().max().clamp(min=1e-3)))
+    state.facts["mask_error"] = error
+    assert error <= EQUAL, f"off by {error:.1e} from the masked program"
+
+
+def _float64() -> Any:
+    """Calls of operators compute in float64 where they would in float32, and where a program asks for that."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_map
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.double() if value.dtype is torch.float32 else value
+        return torch.float64 if value is torch.float32 else value
+
+    class Wide(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not isinstance(func, torch._ops.OpOverload):
+                return func(*args, **(kwargs or {}))
+            return tree_map(wide, func(*tree_map(wide, args), **tree_map(wide, kwargs or {})))
+
+    return Wide()
 
 
 def prune(state: State) -> None:
@@ -123,6 +176,7 @@ def compile(state: State) -> None:
 STAGES: tuple[tuple[str, Callable[[State], None]], ...] = (
     ("capture", capture),
     ("infer", infer),
+    ("equal", equal),
     ("prune", prune),
     ("compile", compile),
 )
@@ -159,7 +213,7 @@ def _run(name: str, skipped: list[str], pipe: Connection) -> None:
         except Exception as error:  # whatever it is, it is a row
             verdict = {"ok": False, "reason": _reason(error)}
         pipe.send((stage, verdict | {"seconds": round(time.perf_counter() - start, 2)}))
-        if not verdict["ok"]:
+        if not verdict["ok"] and stage != "equal":  # what is not equal is known, and the other stages can go on
             break
     pipe.send((None, state.facts))
 
