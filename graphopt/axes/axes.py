@@ -185,8 +185,10 @@ def results_of(dims: Any) -> list[list[Axis]]:
 
 
 def operator_of(node: Node) -> str:
-    """The operator's name without namespace and overload: "conv2d"."""
-    return op_name(node).rpartition("::")[2].removeprefix("aten.").partition(".")[0]
+    """The operator's name without overload: "conv2d"; of one that is not PyTorch's own, all of it: "mine.conv2d"."""
+    name = op_name(node).rpartition("::")[2]
+    own = name.removeprefix("aten.")
+    return own.partition(".")[0] if own != name else name
 
 
 _VIEWS = frozenset({"transpose", "permute", "t", "numpy_T", "mT", "view", "reshape", "_unsafe_view", "unsqueeze",

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from graphopt.axes import axis as ax
+from graphopt.axes.axes import Axes
 from graphopt.axes.axis import Axis
 from graphopt.axes.call import Call, Dims, GaveUp, Several, rule
 from graphopt.axes.table import SIGNATURES
@@ -27,8 +28,14 @@ def _product(call: Call, a: Any, b: Any) -> Dims:
 
 @rule("matmul", "linalg_matmul")
 def matmul(call: Call) -> Dims:
-    """Batched matrix product, batch dimensions broadcast."""
-    return _product(call, call.arg("self" if call.has("self") else "input"), call.arg("other"))
+    """Batched matrix product, batch dimensions broadcast; with a stored matrix it is a linear layer, written out."""
+    other = call.arg("other")
+    out = _product(call, call.arg("self" if call.has("self") else "input"), other)
+    matrix = call.dims(other)
+    if len(matrix) == 2 and isinstance(other, Node) and call.constant(Axes.source(other)) is not None:
+        for axis in matrix:
+            call.role(axis, "neuron")
+    return out
 
 
 @rule("addmm", "baddbmm", "addmv")

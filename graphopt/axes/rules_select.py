@@ -271,6 +271,15 @@ def bucketize(call: Call) -> Dims:
     return call.dims(call.arg("self"))
 
 
+@rule("histc", "bincount")
+def histogram(call: Call) -> Dims:
+    """How many items there are of each value: none of them can go."""
+    for tensor in call.tensors:
+        for axis in call.dims(tensor):
+            call.pin(axis, "counted by value")
+    return call.fresh(pin="counted by value")
+
+
 @rule("isin")
 def isin(call: Call) -> Dims:
     """Whether each element is one of some."""

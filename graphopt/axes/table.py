@@ -35,6 +35,11 @@ SIGNATURES: dict[str, Signature] = {
     "addr": Signature("m n, m, n -> m n"),
     "bilinear": Signature("... i, ... j, o i j, o? -> ... o", roles={"o": "neuron", "i": "neuron", "j": "neuron"}),
     "cdist": Signature("... m k, ... n k -> ... m n"),
+    # A matrix for each run of rows, which ends where the last argument says.
+    **dict.fromkeys(
+        ("transformers.grouped_mm_fallback", "_grouped_mm"),
+        Signature("t! k, x! k n, x! -> t! n", reason="sorted by expert", roles={"k": "neuron", "n": "neuron"}),
+    ),
     "embedding": Signature("v! c, ... -> ... c", reason="looked up by index", roles={"c": "embedding"}),
     # Convolutions
     "conv1d": _convolution("x"),

@@ -182,6 +182,7 @@ def _selections() -> list[Case]:
         case(aten.take_along_dim.default, 2, T((3, 4)), Const([[0, 3]]), 1),
         case(aten.bucketize.Tensor, 2, T((3, 4)), Const([0.2, 0.5], torch.float64)),
         case(aten.isin.Tensor_Tensor, 2, Const([[0, 3, 1], [4, 4, 5]]), Const([3, 4])),
+        case(aten.histc.default, 0, T((6,)), 4, 0, 1),
         case(aten.constant_pad_nd.default, 3, X, [0, 0, 1, 2], 0.3),
         case(aten.pad.default, 3, X, [1, 1], "constant", 0.3),
         case(aten.pad.default, 2, X, [1, 1], "reflect"),
