@@ -224,5 +224,7 @@ def _extra_flops(call: Call) -> Extent:
         rank = next((count for suffix, count in _SPATIAL.items() if suffix in call.op), 1)
         sizes = window if isinstance(window, (list, tuple)) else [window]
         full = list(sizes) * (rank if len(sizes) == 1 else 1)
-        return elements * product(size for size in full if isinstance(size, int))
+        source = next(tensors(call.node.all_input_nodes[0].meta["val"])).shape[-rank:]
+        # What a window has beyond the input is skipped (EfficientNet's is 2560 wide, so as to take in everything).
+        return elements * product(min(int(size), int(most)) for size, most in zip(full, source, strict=True))
     return elements * _PER_ELEMENT.get(call.op, 1)

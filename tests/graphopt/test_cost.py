@@ -50,6 +50,7 @@ CASES = {
     "mean": (lambda s, x: x.mean(-1), (2, 3), None, 0, 6),
     "max pool": (lambda s, x: F.max_pool2d(x, 2), (1, 1, 4, 4), None, 0, 16),
     "average pool": (lambda s, x: F.avg_pool1d(x, 3), (1, 1, 9), None, 0, 9),
+    "pool of all": (lambda s, x: F.avg_pool2d(x, 320, ceil_mode=True), (1, 2, 3, 2), None, 0, 12),
     "views": (lambda s, x: x.transpose(0, 1)[1:].unsqueeze(0), (2, 3), None, 0, 0),
     "movement": (lambda s, x: torch.cat([x, x]), (2, 3), None, 0, 0),
 }
