@@ -13,7 +13,8 @@ local pruning with one ratio for all layers; the ratio is what of RATIOS comes n
 * ignored_layers: the layers that an output comes from without another weighted layer in between, found in the autograd
   graph, so that it is not blamed for shapes of outputs;
 * num_heads: for projections named as usual in a module (or its config) with a number of heads; head dimensions are
-  pruned (prune_head_dims), and afterwards attributes such as head_dim are set anew, as in its examples.
+  pruned (prune_head_dims), and afterwards attributes such as head_dim are set anew, as in its examples;
+* where that fails, once more with these projections among the ignored layers: the rest of the network may still shrink.
 graphopt is told nothing but the model, the inputs and the budget: `benchmarks.reach` has its attempts.
 """
 
@@ -28,7 +29,8 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ from benchmarks.reach import MODELS, PRELOADED, State, _reason, capture, prune
 
 MOST = 0.6
 RATIOS = (0.3, 0.5, 0.4, 0.2, 0.6, 0.7, 0.8, 0.9)
+# So many ratios may fail before the others are given up.
+_PATIENCE = 3
 _PROJECTIONS = re.compile(r"(q|k|v|qkv|query|key|value|(q|k|v|qkv)_proj|(q|k|v)_lin|query_key_value|c_attn|wqkv)", re.I)
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _HEADS_OF_KEYS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "groups")
@@ -91,18 +95,20 @@ def graphopt(name: str) -> float:
     return judge(*counts)
 
 
-def torch_pruning(name: str) -> float:
-    """Try ratios until about half of the FLOPs are left."""
+def torch_pruning(name: str, *, attention: bool = True) -> float:
+    """Try ratios until about half of the FLOPs are left; heads shrink too unless `attention` is to stay as it is."""
     module, inputs = MODELS[name]()
     before = measured(lambda: module(**inputs))
-    best, reason = None, ""
+    best, reason, failures = None, "", 0
     for ratio in RATIOS:
         pruned = copy.deepcopy(module)
         try:
-            _cut(pruned, inputs, ratio)
+            _cut(pruned, inputs, ratio, attention)
             share = judge(before, measured(lambda m=pruned: m(**inputs)))
         except Exception as error:  # another ratio may do
-            reason = reason or _reason(error)
+            reason, failures = reason or _reason(error), failures + 1
+            if failures == _PATIENCE:
+                break
             continue
         if best is None or abs(share - 0.5) < abs(best - 0.5):
             best = share
@@ -115,7 +121,7 @@ def torch_pruning(name: str) -> float:
     return best
 
 
-def _cut(module: Any, inputs: Mapping[str, Any], ratio: float) -> None:
+def _cut(module: Any, inputs: Mapping[str, Any], ratio: float, attention: bool) -> None:
     import torch
     import torch_pruning as tp
 
@@ -126,19 +132,19 @@ def _cut(module: Any, inputs: Mapping[str, Any], ratio: float) -> None:
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         global_pruning=False,
         pruning_ratio=ratio,
-        ignored_layers=output_layers(module, inputs),
-        num_heads=dict(heads),
+        ignored_layers=[*output_layers(module, inputs), *([] if attention else heads)],
+        num_heads=dict(heads) if attention else {},
         prune_head_dims=True,
         prune_num_heads=False,
         output_transform=lambda out: [value for value in tensors(out) if value.requires_grad],
     )
     pruner.step()
-    for attention, query, count in attentions:
+    for owner, query, count in attentions:
         width = query.out_features if isinstance(query, torch.nn.Linear) else query.weight.shape[-1]
         for names, value in ((_HEAD_SIZES, width // count), (_WIDTHS, width)):
             for own in names:
-                if isinstance(getattr(attention, own, None), int):
-                    setattr(attention, own, value)
+                if isinstance(getattr(owner, own, None), int):
+                    setattr(owner, own, value)
 
 
 def _heads(module: Any) -> tuple[dict[Any, int], list[tuple[Any, Any, int]]]:
@@ -196,10 +202,14 @@ def output_layers(module: Any, inputs: Mapping[str, Any]) -> list[Any]:
 
 # One model, in a process of its own ----------------------------------------------------------------------------------
 
-TOOLS = {"graphopt": graphopt, "torch_pruning": torch_pruning}
+# Each tool's ways to call it, one after another until one serves.
+TOOLS: dict[str, tuple[Callable[[str], float], ...]] = {
+    "graphopt": (graphopt,),
+    "torch_pruning": (torch_pruning, partial(torch_pruning, attention=False)),
+}
 
 
-def _run(tool: str, name: str, pipe: Connection) -> None:
+def _run(way: Callable[[str], float], name: str, pipe: Connection) -> None:
     import torch
     import transformers
 
@@ -208,7 +218,7 @@ def _run(tool: str, name: str, pipe: Connection) -> None:
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     try:
-        share = TOOLS[tool](name)
+        share = way(name)
         verdict: dict[str, Any] = {"ok": share <= MOST, "flops": round(share, 4)}
         if share > MOST:
             verdict["reason"] = f"{share:.0%} of the FLOPs are left"
@@ -218,11 +228,20 @@ def _run(tool: str, name: str, pipe: Connection) -> None:
 
 
 def measure(tool: str, name: str, seconds: float) -> dict[str, Any]:
-    """What came of one model in one tool."""
+    """What came of one model in one tool; where no way served, the reason is the first one's."""
+    verdicts = []
+    for number, way in enumerate(TOOLS[tool], 1):
+        verdicts.append(_measure(way, name, seconds) | {"way": number})
+        if verdicts[-1]["ok"]:
+            return verdicts[-1]
+    return verdicts[0] | {"also": [verdict["reason"] for verdict in verdicts[1:]]}
+
+
+def _measure(way: Callable[[str], float], name: str, seconds: float) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(tool, name, there), daemon=True)
+    process = context.Process(target=_run, args=(way, name, there), daemon=True)
     start = time.monotonic()
     process.start()
     there.close()
