@@ -14,7 +14,8 @@ local pruning with one ratio for all layers; the ratio is what of RATIOS comes n
   graph, so that it is not blamed for shapes of outputs;
 * num_heads: for projections named as usual in a module (or its config) with a number of heads; head dimensions are
   pruned (prune_head_dims), and afterwards attributes such as head_dim are set anew, as in its examples;
-* where that fails, once more with these projections among the ignored layers: the rest of the network may still shrink.
+* where that fails, once more with these projections among the ignored layers, and then with all layers of modules that
+  know a number of heads: the rest of the network may still shrink.
 graphopt is told nothing but the model, the inputs and the budget: `benchmarks.reach` has its attempts.
 """
 
@@ -95,15 +96,16 @@ def graphopt(name: str) -> float:
     return judge(*counts)
 
 
-def torch_pruning(name: str, *, attention: bool = True) -> float:
-    """Try ratios until about half of the FLOPs are left; heads shrink too unless `attention` is to stay as it is."""
+def torch_pruning(name: str, *, ignore: str = "") -> float:
+    """Try ratios until about half of the FLOPs are left; `ignore` the "projections" of attention, or all of its
+    "layers"."""
     module, inputs = MODELS[name]()
     before = measured(lambda: module(**inputs))
     best, reason, failures = None, "", 0
     for ratio in RATIOS:
         pruned = copy.deepcopy(module)
         try:
-            _cut(pruned, inputs, ratio, attention)
+            _cut(pruned, inputs, ratio, ignore)
             share = judge(before, measured(lambda m=pruned: m(**inputs)))
         except Exception as error:  # another ratio may do
             reason, failures = reason or _reason(error), failures + 1
@@ -121,19 +123,25 @@ def torch_pruning(name: str, *, attention: bool = True) -> float:
     return best
 
 
-def _cut(module: Any, inputs: Mapping[str, Any], ratio: float, attention: bool) -> None:
+def _cut(module: Any, inputs: Mapping[str, Any], ratio: float, ignore: str) -> None:
     import torch
     import torch_pruning as tp
 
     heads, attentions = _heads(module)
+    ignored = list(heads) if ignore else []
+    if ignore == "layers":
+        owners = [m for m in module.modules() if any(isinstance(vars(m).get(own), int) for own in _HEADS)]
+        least = [m for m in owners if not any(other is not m and other in owners for other in m.modules())]
+        kinds = (torch.nn.Linear, torch.nn.Conv2d)
+        ignored += [layer for m in least for layer in m.modules() if isinstance(layer, kinds)]
     pruner = tp.pruner.BasePruner(
         module,
         example_inputs=dict(inputs),
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         global_pruning=False,
         pruning_ratio=ratio,
-        ignored_layers=[*output_layers(module, inputs), *([] if attention else heads)],
-        num_heads=dict(heads) if attention else {},
+        ignored_layers=[*output_layers(module, inputs), *ignored],
+        num_heads={} if ignore else dict(heads),
         prune_head_dims=True,
         prune_num_heads=False,
         output_transform=lambda out: [value for value in tensors(out) if value.requires_grad],
@@ -205,7 +213,7 @@ def output_layers(module: Any, inputs: Mapping[str, Any]) -> list[Any]:
 # Each tool's ways to call it, one after another until one serves.
 TOOLS: dict[str, tuple[Callable[[str], float], ...]] = {
     "graphopt": (graphopt,),
-    "torch_pruning": (torch_pruning, partial(torch_pruning, attention=False)),
+    "torch_pruning": (torch_pruning, *(partial(torch_pruning, ignore=what) for what in ("projections", "layers"))),
 }
 
 
