@@ -107,7 +107,8 @@ def equal(state: State) -> None:
     axes, generator = state.axes, torch.Generator().manual_seed(0)
     keep = {}
     for atom in axes.free():
-        stays = int(torch.randint(1, atom.extent + 1, (), generator=generator))
+        step = axes.multiple(atom)
+        stays = step * int(torch.randint(1, atom.extent // step + 1, (), generator=generator))
         keep[atom] = torch.randperm(atom.extent, generator=generator)[:stays].sort().values
     small, inputs = graphopt.shrink(axes, keep), axes.program.example_inputs
     with sdpa_kernel(SDPBackend.MATH), _float64():

@@ -47,8 +47,8 @@ def shrink(
             added up. So merging items that are equal changes nothing.
 
     Raises:
-        CannotShrink: an axis is pinned, the indices are not ones it has, rows keep different numbers, or items cannot
-            be merged; names the axis and the reason.
+        CannotShrink: an axis is pinned, the indices are not ones it has or not a multiple that operators take, rows
+            keep different numbers, or items cannot be merged; names the axis and the reason.
     """
     edit = Edit(axes.program)
     shrink_in(edit, axes, keep, merge=merge)
@@ -94,6 +94,10 @@ def checked(axes: Axes, keep: Mapping[Key, Indices]) -> dict[Axis, Tensor | Choi
             choice = _indices(_called(axes, axis), axis.extent, torch.as_tensor(indices))
         if axis in kept:
             raise CannotShrink(axis=_called(axes, axis), reason="what stays of it is said twice")
+        if len(choice) % axes.multiple(axis):
+            raise CannotShrink(
+                axis=_called(axes, axis), reason=f"{len(choice)} is no multiple of {axes.multiple(axis)}"
+            )
         kept[axis] = choice
     return kept
 

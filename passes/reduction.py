@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -218,7 +219,9 @@ class Reduction(Pass):
 
     def allocate(self, axes: Axes, scores: Mapping[Axis, Tensor], declined: list[Decline]) -> dict[Axis, int]:
         """Sizes by axis; declines to use all of the budget where steps leave more than SLACK of it."""
-        steps = {axis: fitted_step(self.step_of(axes, axis), axis.extent) for axis in scores}
+        steps = {
+            axis: math.lcm(fitted_step(self.step_of(axes, axis), axis.extent), axes.multiple(axis)) for axis in scores
+        }
         floors = {axis: self.floor_of(axes, axis) for axis in scores}
         if self.budget is None:
             assert self.keep is not None

@@ -41,7 +41,7 @@ class Axes:
     `dims[node]` are the axes of a node's dimensions; a list of such lists where it has several results. `unknown` lists
     the calls that no rule covers, whose axes are pinned. `literals` and `targets` are what `shrink` rewrites. `sums`
     has the calls that sum, of products or not, with the tensors and dimensions that they sum over. `statistics` has
-    the atoms that operators take statistics over, and where.
+    the atoms that operators take statistics over, and where; `multiples` those of which only multiples may stay.
     """
 
     program: Program
@@ -52,6 +52,7 @@ class Axes:
     sums: Mapping[Node, tuple[tuple[Node, int], ...]]
     roles: Mapping[Axis, str]
     statistics: Mapping[Axis, tuple[str, ...]]
+    multiples: Mapping[Axis, int]
 
     @cached_property
     def occurrences(self) -> dict[Axis, list[Occurrence]]:
@@ -82,6 +83,10 @@ class Axes:
     def role(self, axis: Axis) -> str:
         """What an atom is: one of ROLES, or "" where no operator says."""
         return self.roles.get(ax.find(axis), "")
+
+    def multiple(self, axis: Axis) -> int:
+        """What the extent of an atom must stay a multiple of, for the operators that see it to take it."""
+        return self.multiples.get(ax.find(axis), 1)
 
     def is_stored(self, node: Node) -> bool:
         """Whether a node stands for a tensor that belongs to the program."""

@@ -172,6 +172,10 @@ class Call:
         """What `axis` is to this operator: channel, head, ..."""
         self._inference.notes.append((axis, role, self.node))
 
+    def multiple(self, axis: Axis, count: int) -> None:
+        """The operator takes only multiples of `count` items of `axis`."""
+        self._inference.multiples.append((axis, count, self.node))
+
     def contracted(self, tensor: Any, place: int) -> None:
         """The operator sums (products) over dimension `place` of a tensor argument."""
         if isinstance(tensor, Node):
@@ -212,6 +216,8 @@ class _Applied:
         for letter, role in signature.roles.items():
             if letter in self.env:
                 call.role(self.env[letter], role)
+        for letter, size in signature.bytes_of.items():
+            call.multiple(self.env[letter], size // call.node.meta["val"].element_size())
 
     def split(self, term: Term, dims: Dims) -> tuple[Dims, Dims]:
         at = len(dims) - len(term.dims)

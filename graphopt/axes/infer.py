@@ -9,6 +9,7 @@ Near-linear in the size of the program: operators are visited once, in order, an
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ class Inference:
         self.literals: dict[Node, dict[str, Any]] = {}
         self.targets: dict[Node, Any] = {}
         self.notes: list[tuple[Axis, str, Node]] = []
+        self.multiples: list[tuple[Axis, int, Node]] = []
         self.sums: dict[Node, list[tuple[Node, int]]] = {}
         self.unknown: list[Decline] = []
         self.constants = _constants(program)
@@ -73,6 +75,7 @@ class Inference:
         self.pin_ends()
         self.note_attention()
         roles, statistics = self.resolve_notes()
+        multiples = self.resolve_multiples()
         self.label(roles)
         return Axes(
             program=self.program,
@@ -83,6 +86,7 @@ class Inference:
             sums={node: tuple(operands) for node, operands in self.sums.items()},
             roles=roles,
             statistics=statistics,
+            multiples=multiples,
         )
 
     def visit(self, node: Node) -> None:
@@ -225,6 +229,21 @@ class Inference:
                 continue
             roles[atom] = min(counts, key=ROLES.index)
         return roles, {atom: tuple(where) for atom, where in statistics.items()}
+
+    def resolve_multiples(self) -> dict[Axis, int]:
+        """What the extents of atoms must stay multiples of; a product is one where its last factor is."""
+        found: dict[Axis, int] = {}
+        for axis, count, node in self.multiples:
+            todo = [axis]
+            while todo:
+                root = ax.find(todo.pop())
+                if root.extent % count:
+                    ax.pin(root, f"{op_name(node)} takes multiples of {count} ({self.where(node)})")
+                elif root.kind is None:
+                    found[root] = math.lcm(found.get(root, 1), count)
+                else:
+                    todo += ax.parts(root, root.kind)[0 if root.kind == "sum" else -1 :]
+        return found
 
 
 def _constants(program: Program) -> dict[Node, Tensor]:

@@ -271,7 +271,7 @@ def bucketize(call: Call) -> Dims:
     return call.dims(call.arg("self"))
 
 
-@rule("histc", "bincount")
+@rule("histc")
 def histogram(call: Call) -> Dims:
     """How many items there are of each value: none of them can go."""
     for tensor in call.tensors:

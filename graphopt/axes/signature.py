@@ -47,6 +47,8 @@ class Signature:
     literals: Mapping[str, str] = field(default_factory=dict)
     # Roles of axes by their names in the text.
     roles: Mapping[str, str] = field(default_factory=dict)
+    # Axes whose items must fill a multiple of so many bytes, by their names in the text.
+    bytes_of: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> tuple[Term, ...]:

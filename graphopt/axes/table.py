@@ -5,10 +5,13 @@ Operators that PyTorch tags as pointwise need no entry: their tensors are broadc
 
 from __future__ import annotations
 
+from typing import Any
+
 from graphopt.axes.signature import Signature
 
 _CHANNELS = {"o": "channel", "i": "channel", "g": "channel", "c": "channel"}
 _GROUPS = {"groups": "g"}
+_BY_EXPERT: dict[str, Any] = {"reason": "sorted by expert", "roles": {"k": "neuron", "n": "neuron"}}
 
 
 def _convolution(space: str, transposed: bool = False) -> Signature:
@@ -36,10 +39,8 @@ SIGNATURES: dict[str, Signature] = {
     "bilinear": Signature("... i, ... j, o i j, o? -> ... o", roles={"o": "neuron", "i": "neuron", "j": "neuron"}),
     "cdist": Signature("... m k, ... n k -> ... m n"),
     # A matrix for each run of rows, which ends where the last argument says.
-    **dict.fromkeys(
-        ("transformers.grouped_mm_fallback", "_grouped_mm"),
-        Signature("t! k, x! k n, x! -> t! n", reason="sorted by expert", roles={"k": "neuron", "n": "neuron"}),
-    ),
+    "transformers.grouped_mm_fallback": Signature("t! k, x! k n, x! -> t! n", **_BY_EXPERT),
+    "_grouped_mm": Signature("t! k, x! k n, x!, x! n? -> t! n", bytes_of={"k": 16, "n": 16}, **_BY_EXPERT),
     "embedding": Signature("v! c, ... -> ... c", reason="looked up by index", roles={"c": "embedding"}),
     # Convolutions
     "conv1d": _convolution("x"),

@@ -48,7 +48,13 @@ def print_axes(console: Console, axes: Axes, *, pinned_only: bool) -> None:
     entries = [_entry(axes, atom) for atom in _shown(axes, pinned_only)]
     for entry in entries:
         state = (
-            f"no: {entry['pinned']}" if entry["pinned"] else "yes" if entry["free"] else "in no tensor of the model's"
+            f"no: {entry['pinned']}"
+            if entry["pinned"]
+            else "in no tensor of the model's"
+            if not entry["free"]
+            else "yes"
+            if entry["multiple"] == 1
+            else f"to multiples of {entry['multiple']}"
         )
         cells = (entry["label"], str(entry["extent"]), entry["role"], entry["where"], state)
         table.add_row(*map(escape, cells), escape(", ".join(entry["statistics"])))
@@ -74,5 +80,6 @@ def _entry(axes: Axes, atom: Axis) -> dict[str, Any]:
         "tensors": [{"name": axes.tensor_name(name), "dim": dim, "summed": summed} for name, dim, summed in stored],
         "pinned": atom.pinned,
         "free": atom.pinned is None and bool(stored),
+        "multiple": axes.multiple(atom),
         "statistics": list(axes.statistics.get(atom, ())),
     }

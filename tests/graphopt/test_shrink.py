@@ -14,7 +14,10 @@ from graphopt.edit import Edit
 from graphopt.errors import CannotShrink
 from graphopt.passes import PREPARE
 from graphopt.passes.base import run_passes
+from graphopt.passes.prune import Prune
 from graphopt.shrink import shrink
+from tests.graphopt.axes import single
+from tests.graphopt.axes.operators import BY_EXPERT
 from tests.graphopt.axes.single import assert_equal
 from tests.masking import masked_run
 from tests.programs import hard, program_of
@@ -291,3 +294,16 @@ def test_merging_where_nothing_could_make_up_for_it_is_refused() -> None:
             shrink(axes, {neuron: [0, 1]}, merge={neuron: matrix})
     with pytest.raises(CannotShrink, match="keep does not say"):
         shrink(axes, {}, merge={neuron: torch.eye(8)})
+
+
+def test_only_multiples_that_operators_take_may_stay() -> None:
+    """A product of runs of rows wants 16 bytes at a time: eight halves, which shrink and every reduction keep to."""
+    program = single.program_of(BY_EXPERT[1], torch.bfloat16)
+    axes = infer(program)
+    assert {axes.multiple(axis) for axis in axes.free()} == {8}
+    label = axes.free()[0].label
+    with pytest.raises(CannotShrink, match="12 is no multiple of 8"):
+        shrink(axes, {label: range(12)})
+    small = Prune(keep=0.6, axes=("neuron",), step=1)(program)
+    kept = {axis.extent for axis in infer(small).free()}
+    assert kept == {8, 16}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers an operator)
 
 from tests.graphopt.axes.single import Case, Const, T, aten, case
 
@@ -282,6 +283,14 @@ def _products() -> list[Case]:
     ]
 
 
+# Rows 0 and 1 meet the first expert's matrix, 2 to 5 the third's; row 6 meets none.
+_ROWS_END = Const([2, 2, 6], torch.int32)
+BY_EXPERT = [
+    case(torch.ops.transformers.grouped_mm_fallback.default, 2, T((7, 4)), T((3, 4, 5)), _ROWS_END),
+    case(aten._grouped_mm.default, 2, T((7, 16)), T((3, 16, 24)), Const([2, 2, 7], torch.int32)),
+]
+
+
 def _convolutions() -> list[Case]:
     cases = [
         case(aten.conv1d.default, 3, SEQUENCE, T((8, 6, 3)), T((8,))),
@@ -323,5 +332,5 @@ def _attention() -> list[Case]:
 
 CASES: list[Case] = [
     *_pools(), *_transforms(), *_scatters(), *_recurrent(), *_shapes(), *_selections(), *_reductions(), *_norms(),
-    *_products(), *_convolutions(), *_attention(),
+    *_products(), *BY_EXPERT, *_convolutions(), *_attention(),
 ]  # fmt: skip

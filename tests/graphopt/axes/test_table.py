@@ -15,11 +15,13 @@ from tests.graphopt.axes.single import Case, Const, T, assert_shrinks, aten, cas
 # Of these no two runs agree, or no numbers are defined, so that only shapes can be compared.
 RANDOM = {"empty", "new_empty", "empty_like", "rand", "randn", "rand_like", "randn_like", "randint", "randperm",
           "bernoulli", "rrelu", "native_dropout"}  # fmt: skip
+# What PyTorch exports in no other precision.
+ONLY = {"_grouped_mm": (torch.bfloat16,)}
 INTEGERS = ("bitwise", "gcd", "lcm", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__")
 
 
 def name_of(one: Case) -> str:
-    return str(one.op).split(".")[1]
+    return str(one.op).removeprefix("aten.").removesuffix("." + one.op._overloadname)
 
 
 def _ids() -> list[str]:
@@ -29,11 +31,11 @@ def _ids() -> list[str]:
 @pytest.mark.parametrize("one", CASES, ids=_ids())
 def test_shrink_equals_mask(one: Case) -> None:
     """Each axis alone and all at once, reordered too, in both precisions; as many axes are free as there should be."""
-    for dtype in (torch.float64, torch.float32):
+    for dtype in ONLY.get(name_of(one), (torch.float64, torch.float32)):
         axes = infer(program_of(one, dtype))
         assert not axes.unknown
         assert len(axes.free()) == one.free, "\n".join(axes.listing())
-        assert_shrinks(axes.program, axes=axes, alone=dtype is torch.float64)
+        assert_shrinks(axes.program, axes=axes, alone=dtype is not torch.float32)
 
 
 def test_every_rule_has_a_case() -> None:
