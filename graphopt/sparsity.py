@@ -14,12 +14,15 @@ columns are chosen directly, not 2 of 4 preselected ones).
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from graphopt.arrays import to_numpy
 from graphopt.errors import BadOption
 
 _TEXT = re.compile(r"(?:(\d+)x(\d+)|(?:(\d+):)?(\d+):(\d+))\Z")
@@ -40,7 +43,7 @@ class Format:
 
     def __post_init__(self) -> None:
         if min(self.rows, self.cols, self.n) < 1 or self.n > self.m:
-            raise BadOption(what=f"sparse format {self}", way_out="sizes are from 1, and N is at most M")
+            raise BadOption(what=f"there is no sparse format {self}", way_out="sizes are from 1, and N is at most M")
 
     def __str__(self) -> str:
         if self.m > 1:
@@ -49,6 +52,40 @@ class Format:
 
 
 UNSTRUCTURED = Format()
+# The word for a tensor that no sparse kernel shall take, whatever zeros it has.
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a Program says of the zeros of a weight.
+
+    `density` is the share of its elements that are not zero, `stored` the share that a kernel multiplies that knows
+    only the format: more than `density` where kept blocks have zeros in them, 1 for a tensor that is to be taken as
+    dense (`format` is None).
+    """
+
+    format: Format | None
+    density: float
+    stored: float
+
+    @property
+    def word(self) -> str:
+        """The format as `parse_annotation` takes it."""
+        return DENSE if self.format is None else str(self.format)
+
+    def __str__(self) -> str:
+        more = f", {self.stored:.1%} stored" if self.format is not None and self.stored != self.density else ""
+        return f"{self.word}, {self.density:.1%} kept{more}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"format": self.word, "density": self.density, "stored": self.stored}
+
+
+def parse_annotation(text: str) -> Format | None:
+    """A format, or None for "dense". Raises BadOption where the text is neither."""
+    return None if text == DENSE else parse_format(text)
 
 
 def parse_format(text: str) -> Format:
@@ -61,7 +98,10 @@ def parse_format(text: str) -> Format:
         return UNSTRUCTURED
     found = _TEXT.match(text)
     if found is None:
-        raise BadOption(what=f"sparse format {text}", way_out="say unstructured, 4x1 (outputs x inputs), 2:4 or 8:2:4")
+        raise BadOption(
+            what=f"there is no sparse format {text}",
+            way_out="say unstructured, 4x1 (outputs x inputs), 2:4, 8:2:4, or dense: no sparse kernel shall be used",
+        )
     rows, cols, vector, n, m = (int(part) if part else 1 for part in found.groups())
     return Format(rows, cols) if found[1] else Format(vector, 1, n, m)
 
@@ -79,7 +119,8 @@ def blocks_kept(matrix: np.ndarray | Tensor, form: Format) -> np.ndarray:
     outputs, inputs = kept.shape
     padded = np.zeros((-(-outputs // form.rows) * form.rows, -(-inputs // form.cols) * form.cols), bool)
     padded[:outputs, :inputs] = kept
-    return padded.reshape(len(padded) // form.rows, form.rows, -1, form.cols).any((1, 3))
+    blocks = padded.reshape(len(padded) // form.rows, form.rows, padded.shape[1] // form.cols, form.cols)
+    return np.asarray(blocks.any((1, 3)))
 
 
 def stored(matrix: np.ndarray, form: Format) -> int:
@@ -92,14 +133,36 @@ def stored(matrix: np.ndarray, form: Format) -> int:
 
 def conforms(matrix: np.ndarray, form: Format) -> bool:
     """Whether a matrix keeps to the format: N of M hold, and blocks that are kept are nearly all of them full."""
-    if form.m > 1:
-        kept = blocks_kept(matrix, form)
-        whole = kept.shape[1] // form.m * form.m
-        groups = kept[:, :whole].reshape(len(kept), -1, form.m)
-        if (groups.sum(-1) > form.n).any() or (kept[:, whole:].sum(-1) > form.n).any():
-            return False
+    if form.m > 1 and _crowded(matrix, form).any():
+        return False
     nonzero = int(np.count_nonzero(matrix))
     return stored(matrix, form) <= max(nonzero / FULL, nonzero + form.rows * form.cols)
+
+
+def _crowded(matrix: np.ndarray, form: Format) -> np.ndarray:
+    """(rows of blocks, groups of M columns), bool: where more than N are kept; the last group may be smaller."""
+    kept = blocks_kept(matrix, form)
+    padded = np.zeros((len(kept), -(-kept.shape[1] // form.m) * form.m), bool)
+    padded[:, : kept.shape[1]] = kept
+    return padded.reshape(len(kept), -1, form.m).sum(-1) > form.n
+
+
+def offence(matrix: np.ndarray, form: Format) -> tuple[int, int, str] | None:
+    """Row, column and what is wrong there, where a matrix does not keep to the format; None where it does."""
+    if conforms(matrix, form):
+        return None
+    kept = blocks_kept(matrix, form)
+    if form.m > 1 and (crowded := _crowded(matrix, form)).any():
+        row, group = map(int, np.argwhere(crowded)[0])
+        columns = np.flatnonzero(kept[row, group * form.m : (group + 1) * form.m]) + group * form.m
+        column = int(columns[form.n])
+        first = int(np.flatnonzero(matrix[row * form.rows : (row + 1) * form.rows, column])[0])
+        found = f"{len(columns)} of columns {group * form.m} to {min((group + 1) * form.m, kept.shape[1]) - 1} are kept"
+        return row * form.rows + first, column, found
+    full = kept.repeat(form.rows, 0)[: len(matrix)].repeat(form.cols, 1)[:, : matrix.shape[1]]
+    row, column = map(int, np.argwhere(full & (np.asarray(matrix) == 0))[0])
+    share = np.count_nonzero(matrix) / int(full.sum())
+    return row, column, f"a zero in a block that is kept; only {share:.1%} of the elements of such blocks are not zero"
 
 
 # The least share of elements in kept blocks that are not zero: kept weights are hardly ever zero by chance.
@@ -111,19 +174,36 @@ PATTERNS = tuple(Format(1, 1, n, m) for n, m in ((1, 2), (1, 4), (2, 4), (1, 8),
 LEAST_ZEROS = 0.1
 
 
-def recognise(matrix: np.ndarray) -> Format | None:
-    """The format that the zeros of a matrix (outputs, inputs) have; None where there are hardly any.
+def recognise(matrix: np.ndarray, outputs: int = 0) -> Format | None:
+    """The format that the zeros of a matrix (outputs, inputs) have; None where there are hardly any, or nothing else.
 
     The largest blocks that hold; else vectors or elements that are N of M throughout; else unstructured.
+
+    Args:
+        matrix: values, or True where they are not zero.
+        outputs: of a convolution in groups, the outputs of one: no block reaches over two groups.
     """
-    if matrix.size == 0 or 1 - np.count_nonzero(matrix) / matrix.size < LEAST_ZEROS or not matrix.any():
+    share = np.count_nonzero(matrix) / max(1, matrix.size)
+    if share == 0 or 1 - share < LEAST_ZEROS:
         return None
-    block = next((form for form in BLOCKS if conforms(matrix, form)), UNSTRUCTURED)
+    blocks = [form for form in BLOCKS if outputs % form.rows == 0]
+    block = next((form for form in blocks if conforms(matrix, form)), UNSTRUCTURED)
     if block.cols == 1:
-        tight = [Format(block.rows, 1, form.n, form.m) for form in PATTERNS]
-        share = np.count_nonzero(matrix) / matrix.size
-        for form in tight:
+        columns = matrix.shape[1]
+        for pattern in PATTERNS:
+            form = Format(block.rows, 1, pattern.n, pattern.m)
+            most = (columns // form.m * form.n + min(form.n, columns % form.m)) / columns
             # N of M by chance has less than N of M kept on the whole.
-            if abs(share - form.n / form.m) < 0.02 and conforms(matrix, form):
+            if abs(share - most) < 0.02 and conforms(matrix, form):
                 return form
     return block
+
+
+def fingerprint(array: np.ndarray | Tensor) -> str:
+    """A hash of how many elements an array has, and of the absolute values of those that are not zero, in any order.
+
+    The same for a tensor and for a copy of it that was transposed, reshaped, reordered or stored in a wider dtype.
+    """
+    values = to_numpy(array)
+    kept = np.sort(np.abs(values[values != 0].astype(np.float64)))
+    return hashlib.sha256(f"{values.size}:".encode() + kept.tobytes()).hexdigest()
