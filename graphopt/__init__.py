@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graphopt.annotate import annotate
     from graphopt.bundle import Bundle, load
     from graphopt.capture import capture
     from graphopt.optimize import optimize
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "Program", "__version__", "capture", "compile", "load", "optimize", "shrink"]
+__all__ = ["Bundle", "Program", "__version__", "annotate", "capture", "compile", "load", "optimize", "shrink"]
 
 _HOMES = {
     "Bundle": "graphopt.bundle",
     "Program": "graphopt.program",
+    "annotate": "graphopt.annotate",
     "capture": "graphopt.capture",
     "compile": "graphopt.pipeline",
     "load": "graphopt.bundle",

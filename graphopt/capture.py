@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from graphopt import model_file
 from graphopt.errors import (
     BadInputShape,
+    BadOption,
     CaptureFailed,
     CorruptModel,
     InputsNeeded,
@@ -33,8 +34,10 @@ from graphopt.errors import (
 from graphopt.exported import decomposed, keys_of
 from graphopt.program import Program
 from graphopt.record import Record
+from graphopt.sparsity import parse_annotation
 from graphopt.spec import TensorSpec, dtype_name
 from graphopt.user_code import build
+from graphopt.weights import detected, read_back
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ def capture(
 
     Returns:
         A Program with static shapes. A dynamic dimension is specialised to its example size, with a logged warning.
+        Weights that have zeros already, as those of a model that was pruned elsewhere, are annotated with their format.
 
     Raises:
         GraphoptError: one of the classes that `model_file.load` names, or BadInputShape, InputsNeeded, CaptureFailed,
@@ -147,7 +151,8 @@ def _from_module(
         exported = _export(module, args, kwargs, name)
     if not own_weights:  # the module may be trained on; the program must not change with it
         _clone_weights(exported)
-    program = Program(_canonical(exported, name), name=name)
+    exported = _canonical(exported, name)
+    program = Program(exported, name=name, annotations=detected(exported))
     return program.replace(example_inputs=_seeded_examples(program)) if made else program
 
 
@@ -244,12 +249,15 @@ def _from_exported(
     origin: str,
 ) -> Program:
     try:
+        formats = {str(key): parse_annotation(word) for key, word in extra.get("annotations", {}).items()}
         records = tuple(Record.from_json(item) for item in extra.get("records", ()))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CorruptModel(file=origin, kind="list of passes", reason=error) from error
+    except (TypeError, KeyError, AttributeError, BadOption) as error:
+        raise CorruptModel(file=origin, kind="list of passes or annotations", reason=error.args[0]) from error
     if dynamic := _dynamic_dims(exported):
         exported = _specialise(exported, example_inputs, shapes, dynamic, name)
-    program = Program(_canonical(exported, name), name=name, records=records)
+    exported = _canonical(exported, name)
+    annotations = read_back(formats, exported)
+    program = Program(exported, name=name, records=records, annotations=annotations)
     for spec in program.inputs:
         wanted = shapes.get(spec.name, spec)
         if wanted != spec:

@@ -19,6 +19,7 @@ from graphopt.errors import Decline
 from graphopt.exported import STORED, copy_exported, stored
 from graphopt.place import place
 from graphopt.program import Program
+from graphopt.sparsity import Format
 from graphopt.spec import identifier
 
 _KEPT_META = ("nn_module_stack", "stack_trace")
@@ -37,6 +38,7 @@ class Edit:
         self.changed: Counter[str] = Counter()
         self.declined: list[Decline] = []
         self.details: list[dict[str, Any]] = []
+        self.formats: dict[str, Format | None] = {}
         signature = self.exported.graph_signature
         self._specs = {spec.arg.name: spec for spec in signature.input_specs}
         mutated = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
@@ -51,6 +53,13 @@ class Edit:
     def decline(self, node: Node, reason: str) -> None:
         """Note that a rule looked at `node` and did not apply."""
         self.declined.append(Decline(place(node), reason))
+
+    def annotate(self, target: str, form: Format | None) -> None:
+        """Say what the zeros of a weight are, once the pass is done (None: it is to be taken as dense).
+
+        What is not true of its values then is not believed: it gets the format that is found, or none.
+        """
+        self.formats[target] = form
 
     # Tensors of the program -----------------------------------------------------------------------------------------
 

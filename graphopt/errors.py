@@ -408,6 +408,30 @@ class CannotShrink(GraphoptError):
     hint = "`graphopt inspect --axes` lists the axes, and why some are pinned"
 
 
+class UnknownTensor(GraphoptError):
+    """An annotation names a tensor that the program does not have."""
+
+    code = "unknown-tensor"
+    message = "{tensor}: the program has no {what} of that name{near}"
+    hint = "names are those of the model's state_dict; patterns such as `layers.*.weight` are taken, too"
+
+
+class NotAWeight(GraphoptError):
+    """An annotation names a tensor that no kernel could take as a sparse matrix."""
+
+    code = "not-a-weight"
+    message = "{tensor}: is {what}, not the weight of a linear layer, a matrix product or a convolution"
+    hint = "only such weights are annotated; `graphopt inspect` lists the layers"
+
+
+class FormatNotKept(GraphoptError):
+    """A tensor's values are not those of the sparse format that it is said to have."""
+
+    code = "format-not-kept"
+    message = "{tensor}: does not keep to {format}: {reason}"
+    hint = "{way_out}"
+
+
 class UnknownPass(GraphoptError):
     """A recipe or --pass names a pass that there is not."""
 

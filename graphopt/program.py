@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from graphopt.exported import (
     user_output_places,
 )
 from graphopt.record import Record
+from graphopt.sparsity import Annotation, Format
+from graphopt.weights import carried, ordered
 
 # The member of the .pt2 archive that holds what ExportedProgram has no place for.
 EXTRA = "graphopt.json"
@@ -51,6 +54,7 @@ class Program:
         name: str = "model",
         example_inputs: Mapping[str, Tensor] | None = None,
         records: Sequence[Record] = (),
+        annotations: Mapping[str, Annotation] | None = None,
     ) -> None:
         """Wrap `exported`, which must be functional and static; `capture` makes such a one.
 
@@ -59,6 +63,7 @@ class Program:
             name: any text; made safe as an identifier.
             example_inputs: tensors by input name; taken from `exported` where None.
             records: passes that ran so far.
+            annotations: what is known of zeros in weights, by the weights' names; it is taken to be true.
 
         Raises:
             WrongInputs: the example inputs do not fit.
@@ -66,6 +71,7 @@ class Program:
         self._exported = exported
         self._name = identifier(name)
         self._records = tuple(records)
+        self._annotations = ordered(annotations or {}, exported)
         self._inputs = tuple(input_specs(exported))
         self._outputs = tuple(output_specs(exported))
         if example_inputs is None:
@@ -111,6 +117,14 @@ class Program:
         return self._records
 
     @property
+    def annotations(self) -> Mapping[str, Annotation]:
+        """What code generation may count on of the zeros of weights, by the names that they have in the user's model.
+
+        `graphopt.annotate` says more. Passes and `replace` keep them true: see there.
+        """
+        return MappingProxyType(self._annotations)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, buffers and constants that the graph uses, by placeholder name, in graph order."""
         return {
@@ -134,6 +148,7 @@ class Program:
         lines = [f"program {self.name}"]
         lines += [f"  input   {spec}" for spec in self.inputs]
         lines += [f"  output  {spec}" for spec in self.outputs]
+        lines += [f"  sparse  {name}: {annotation}" for name, annotation in self._annotations.items()]
         lines += [f"  {line}" for line in listing(self._exported)]
         return "\n".join(lines)
 
@@ -170,7 +185,13 @@ class Program:
     def copy(self) -> Program:
         """The same program with a graph of its own; the weight tensors are shared."""
         exported = copy_exported(self._exported)
-        return Program(exported, name=self.name, example_inputs=self._examples, records=self.records)
+        return Program(
+            exported,
+            name=self.name,
+            example_inputs=self._examples,
+            records=self.records,
+            annotations=self._annotations,
+        )
 
     def replace(
         self,
@@ -179,13 +200,29 @@ class Program:
         name: str | None = None,
         example_inputs: Mapping[str, Tensor] | None = None,
         records: Sequence[Record] | None = None,
+        annotations: Mapping[str, Annotation] | None = None,
+        formats: Mapping[str, Format | None] | None = None,
     ) -> Program:
-        """The same program with what is given put in place. What is not given is shared with this one."""
+        """The same program with what is given put in place. What is not given is shared with this one.
+
+        Annotations stay true: with another `exported`, weights whose values are others now, and only these, are looked
+        at again. Those that no longer keep to their format get the one that is found in them, or none.
+
+        Args:
+            exported, name, example_inputs, records: as the constructor takes them.
+            annotations: as the constructor takes them; instead of this program's.
+            formats: the formats of some weights of the new program, by name, None: dense; instead of what they have.
+        """
+        if annotations is None:
+            annotations = self._annotations
+            if exported is not None or formats:
+                annotations = carried(annotations, formats or {}, self._exported, exported or self._exported)
         return Program(
             self._exported if exported is None else exported,
             name=self.name if name is None else name,
             example_inputs=self._examples if example_inputs is None else example_inputs,
             records=self.records if records is None else records,
+            annotations=annotations,
         )
 
     def to_module(self, *, keep_zeros: bool = False) -> nn.Module:
@@ -231,7 +268,8 @@ class Program:
         return from_module(module)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .pt2 file that torch.export.load and `capture` read; records included. Whole or not at all.
+        """Write a .pt2 file that torch.export.load and `capture` read; records and annotations included. Whole or not
+        at all.
 
         Raises:
             CannotWrite: the file system refuses.
@@ -239,7 +277,12 @@ class Program:
         exported = copy_exported(self._exported)
         if self._examples is not None:
             exported.example_inputs = example_arguments(exported, self._examples)
-        extra = {"name": self.name, "records": [record.to_json() for record in self.records]}
+        extra = {
+            "name": self.name,
+            "records": [record.to_json() for record in self.records],
+            # Only the words: the shares follow from the values, and are worked out again.
+            "annotations": {name: annotation.word for name, annotation in self._annotations.items()},
+        }
         files = {EXTRA: json.dumps(extra, sort_keys=True)}
         write_whole(path, lambda file: torch.export.save(exported, file, extra_files=files))
 

@@ -49,7 +49,7 @@ class Pass(ABC):
         edit = Edit(program)
         self.apply(edit)
         try:
-            after = program.replace(exported=edit.finish())
+            after = program.replace(exported=edit.finish(), formats=edit.formats)
         except Exception as error:  # whatever lint or validation finds is this pass's fault
             raise InvalidProgram(f"{self.name} left an invalid program: {error}") from error
         before_cost, after_cost = summary(program), summary(after)

@@ -45,7 +45,7 @@ def inspect(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Show a model's layers, shapes, FLOPs, parameters and bytes, or a bundle's manifest and kernels."""
+    """Show a model's layers, shapes, FLOPs, parameters, bytes, sparse weights, or a bundle's manifest and kernels."""
     out = Output(json, quiet, verbose)
     if Path(model).is_dir():
         if axes or pinned:
@@ -92,9 +92,40 @@ def _as_json(program: Program, cost: Summary) -> dict[str, Any]:
             for row in cost.rows
         ],
         "operators": cost.ops,
-        "total": {**costs(cost.total), "stored_bytes": cost.stored_bytes},
+        "total": {**costs(cost.total), "sparse_flops": cost.sparse_flops, "stored_bytes": cost.stored_bytes},
+        "annotations": _annotations(program, cost),
         "records": [record.to_json() for record in program.records],
     }
+
+
+def _annotations(program: Program, cost: Summary) -> list[dict[str, Any]]:
+    """A row for each annotated weight: name, shape, format, shares, FLOPs of its calls by dense and sparse kernels."""
+    from graphopt.weights import weights
+
+    known = weights(program.exported)
+    costs = {row.name: row for row in cost.rows}
+    rows = []
+    for name, annotation in program.annotations.items():
+        calls = [costs[use.call.name] for use in known[name].uses]
+        flops = {"flops": sum(row.cost.flops for row in calls), "sparse_flops": sum(row.sparse_flops for row in calls)}
+        rows.append({"tensor": name, "shape": list(known[name].value.shape), **annotation.to_json(), **flops})
+    return rows
+
+
+def _print_annotations(console: Console, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("sparse weight", "shape", "format"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("kept", "stored", "FLOPs", "left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        shares = (f"{row[key]:.1%}" for key in ("density", "stored"))
+        numbers = (amount(row[key]) for key in ("flops", "sparse_flops"))
+        shape = "x".join(map(str, row["shape"]))
+        table.add_row(_plain(row["tensor"]), shape, row["format"], *shares, *numbers)
+    console.print(table)
 
 
 def _print_program(console: Console, program: Program, cost: Summary) -> None:
@@ -118,7 +149,11 @@ def _print_program(console: Console, program: Program, cost: Summary) -> None:
     table.add_section()
     totals = (amount(value) for value in (cost.total.flops, cost.total.params, moved))
     table.add_row("total", f"{len(cost.rows)} operators", "", *totals)
+    if program.annotations:
+        table.add_row("with sparse kernels", "", "", amount(cost.sparse_flops), "", "")
     console.print(table)
+    if program.annotations:
+        _print_annotations(console, _annotations(program, cost))
     console.print(f"weights: {amount(cost.stored_bytes, 'B')}; bytes: read and written, without fusion", markup=False)
 
 

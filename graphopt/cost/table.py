@@ -12,6 +12,7 @@ from graphopt.cost.formulas import Counts, Extent, counts, numbers
 from graphopt.exported import op_name
 from graphopt.place import place
 from graphopt.program import Program
+from graphopt.weights import weights
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """One node: where it comes from in the user's names, its operator, the shape of its (first) result, its cost."""
+    """One node: where it comes from in the user's names, its operator, the shape of its (first) result, its cost.
+
+    `sparse_flops` are the FLOPs that are left where a sparse kernel leaves out the zeros of an annotated weight.
+    """
 
     name: str
     where: str
     op: str
     shape: tuple[int, ...]
     cost: Cost
+    sparse_flops: int
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,17 @@ class Summary:
     """The cost of a program: a row per node that computes, and the totals.
 
     `total.params` counts each parameter once, however often it is used; `stored_bytes` are the bytes of parameters,
-    buffers and constants together.
+    buffers and constants together. All FLOPs are those of dense kernels, but for `sparse_flops`.
     """
 
     rows: tuple[Row, ...]
     total: Cost
     stored_bytes: int
+
+    @property
+    def sparse_flops(self) -> int:
+        """The FLOPs of the program where sparse kernels take the annotated weights."""
+        return sum(row.sparse_flops for row in self.rows)
 
     @property
     def ops(self) -> dict[str, int]:
@@ -68,13 +78,28 @@ class Summary:
 def summary(program: Program) -> Summary:
     """Cost of every node and in all. A parameter counts at the first node that uses it."""
     rows = []
+    shares = _stored_shares(program)
     for node, fresh in parameter_uses(program):
         cost = node_cost(node) + Cost(params=sum(_whole(i.numel) for source in fresh for i in numbers(source)))
         results = numbers(node)
         shape = tuple(map(_whole, results[0].shape)) if results else ()
-        rows.append(Row(node.name, place(node), op_name(node), shape, cost))
+        left_out = 2 * round(cost.macs * (1 - shares.get(node, 1.0)))
+        rows.append(Row(node.name, place(node), op_name(node), shape, cost, cost.flops - left_out))
     total = sum((row.cost for row in rows), Cost())
     return Summary(tuple(rows), total, program.parameters_bytes)
+
+
+def _stored_shares(program: Program) -> dict[Node, float]:
+    """What share of its multiply-adds a sparse kernel does, for the calls that take an annotated weight."""
+    if not program.annotations:
+        return {}
+    known = weights(program.exported)
+    return {
+        use.call: annotation.stored
+        for name, annotation in program.annotations.items()
+        if name in known
+        for use in known[name].uses
+    }
 
 
 def parameter_uses(program: Program) -> list[tuple[Node, list[Node]]]:
