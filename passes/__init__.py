@@ -12,6 +12,7 @@ PASSES: dict[str, str] = {
     "remove-noops": "graphopt.passes.remove_noops:RemoveNoops",
     "fold-constants": "graphopt.passes.fold_constants:FoldConstants",
     "fold-batch-norm": "graphopt.passes.fold_batch_norm:FoldBatchNorm",
+    "detect-sparsity": "graphopt.passes.detect_sparsity:DetectSparsity",
     "eliminate-common-subexpressions": (
         "graphopt.passes.eliminate_common_subexpressions:EliminateCommonSubexpressions"
     ),
@@ -39,6 +40,7 @@ CANONICALISE: tuple[str, ...] = (
     "remove-noops",  # nothing stands between what belongs together
     "fold-constants",  # masks, position ids, rotary tables, converted weights
     "fold-batch-norm",  # into the convolution or linear layer next to it
+    "detect-sparsity",  # in the weights as they are now
     "eliminate-common-subexpressions",
     "eliminate-dead-code",  # last: what the others left behind
 )
