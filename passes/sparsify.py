@@ -1,0 +1,314 @@
+"""Passes that set weights to zero: which layers, how much of each, in which format. What stays is for subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.axes import Axes, Axis, atoms, find, index, infer, touched
+from graphopt.budget import Budget, Floats
+from graphopt.calibration import Calibration, calibration
+from graphopt.edit import Edit
+from graphopt.errors import BadOption, BudgetUnreachable, Decline
+from graphopt.exported import op_name
+from graphopt.passes import criteria
+from graphopt.passes.base import Pass
+from graphopt.passes.criteria.base import Elementwise, normalised
+from graphopt.passes.criteria.magnitude import L1
+from graphopt.passes.rearrange import Role, Work, best_order
+from graphopt.passes.reduction import named
+from graphopt.passes.sizes import amount, limit, unreachable
+from graphopt.passes.sparse_grid import Grid
+from graphopt.passes.sparse_layers import SparseLayer, masked, sparse_layers
+from graphopt.passes.sparse_shares import SHARES, Ranked, largest
+from graphopt.shrink import shrink_in
+from graphopt.sparsity import Format, parse_format
+
+# Element scores of weights by the name of their placeholder, of the weight's shape.
+Scores = Mapping[str, Tensor]
+_BUDGETS = ("flops", "macs", "params")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What stays of one layer: about `target` elements, in units of `grid`."""
+
+    layer: SparseLayer
+    grid: Grid
+    target: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is set to zero."""
+        form = self.grid.form
+        return form.n == form.m if form.m > 1 else self.target >= self.grid.size
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set weights of linear layers, products with a stored matrix, and convolutions to zero. Lossy.
+
+    keep: the share of the weights that stays, of all layers that are made sparse together. N:M formats say so
+        themselves; or
+    budget: what the whole program may cost, of FLOPs, multiply-adds or parameters, where those with weights that are
+        zero are not counted.
+    format: "unstructured", blocks of outputs x inputs as "4x1", N of M inputs as "2:4", the same ones in each of V
+        outputs as "8:2:4". Sizes that are odd leave smaller blocks at the end.
+    criterion: what a weight is worth, a name with options as in `taylor:loss=labels`: one that has a value for every
+        element. Blocks are worth what their elements are together.
+    allocation: "global": one ranking of all blocks, "uniform": the same share of each layer, "erk": thin layers keep
+        more. In a global ranking scores of criteria that are not comparable between layers are divided by their mean;
+        those of `l1` and `l2` are as they are, unless their option normalise says otherwise ("lamp").
+    minimum: the share of all weights together that every layer keeps in a global ranking; smaller layers stay whole.
+    rearrange: first bring axes into the order in which blocks hold the most, which changes nothing that is computed.
+    include: patterns of layers, such as "blocks.*.mlp.*". All layers where it is not given, but depthwise convolutions
+        and a stem of up to 4 channels.
+    exclude: patterns of layers that stay dense.
+    calibration: data for criteria that measure; the example inputs where there is none.
+    """
+
+    lossless: ClassVar[bool] = False
+
+    keep: float | None = None
+    budget: Budget | None = None
+    format: str = "unstructured"
+    criterion: str = "l1"
+    allocation: Literal["global", "uniform", "erk"] = "global"
+    minimum: float = 0.0005
+    rearrange: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    calibration: Any = None
+
+    # What subclasses may change ---------------------------------------------------------------------------------------
+
+    kernels: ClassVar[bool] = False  # whether units are blocks of outputs x one channel x all of a kernel
+    by_row: ClassVar[bool] = False  # whether all rows of a layer keep as many units
+    by_scores: ClassVar[bool] = True  # whether the criterion decides what stays within a layer
+
+    def prune(self, edit: Edit, plans: Sequence[Plan], scores: Scores) -> None:
+        """Set weights to zero, and note what was done with `put`. By default the units with the best scores stay."""
+        for plan in plans:
+            own = plan.layer.matrix(scores[plan.layer.weight.name])
+            kept = plan.grid.pick(plan.grid.sums(own), plan.target, self.by_row)
+            self.put(edit, plan, plan.grid.elements(kept))
+
+    # The pass ---------------------------------------------------------------------------------------------------------
+
+    def apply(self, edit: Edit) -> None:
+        """See Pass."""
+        form = self.checked()
+        layers = self._layers(edit, form)
+        if not layers:
+            edit.declined.append(Decline(edit.program.name, "there is no layer to be made sparse"))
+            return
+        grids = [Grid(layer.outs, layer.taps, layer.channels, form, self.kernels) for layer in layers]
+        axes = infer(edit.program)
+        scores: Scores = {}
+        if self.by_scores or self.rearrange or (self.allocation == "global" and form.m == 1):
+            scores = self._scores(axes, layers)
+        plans = self._plans(edit, layers, grids, scores)
+        if self.rearrange and (keep := self._orders(edit, axes, plans, scores)):
+            shrink_in(edit, axes, keep)
+            scores = {name: _reordered(axes, name, own, keep) for name, own in scores.items()}
+            plans = self._plans(edit, layers, grids, scores)
+        with torch.inference_mode(False), torch.no_grad():
+            self.prune(edit, plans, scores)
+
+    def checked(self) -> Format:
+        """The format. Raises BadOption where options contradict each other."""
+        form = parse_format(self.format)
+        if form.m > 1:
+            share = form.n / form.m
+            if self.budget is not None or (self.keep is not None and abs(self.keep - share) > 1e-3):
+                raise BadOption(
+                    what=f"{self.name}: {form} keeps {share:g} of the weights, no other share",
+                    way_out=f"leave the budget and keep out, give keep={share:g}, or another N:M",
+                )
+            return form
+        if (self.budget is None) == (self.keep is None):
+            what = f"{self.name} has a budget and keep" if self.budget else f"{self.name} is not told how much stays"
+            raise BadOption(what=what, way_out="give one of keep=0.1, --flops, --macs and --params")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise BadOption(
+                what=f"{self.name}: keep={self.keep}", way_out="give the share that stays, above 0, up to 1"
+            )
+        if self.budget is not None and self.budget.kind not in _BUDGETS:
+            raise BadOption(
+                what=f"{self.name}: no budget of {self.budget.kind}", way_out=f"give one of {', '.join(_BUDGETS)}"
+            )
+        if not 0 <= self.minimum < 1:
+            raise BadOption(what=f"{self.name}: minimum={self.minimum}", way_out="give a share of all weights below 1")
+        return form
+
+    def put(self, edit: Edit, plan: Plan, kept: Tensor, matrix: Tensor | None = None) -> None:
+        """Leave only the kept elements (outs, ins) of a weight, with the values of `matrix` where it is given."""
+        layer = plan.layer
+        weight = edit.tensor(layer.weight)
+        assert weight is not None
+        whole, count = bool(kept.all()), int(kept.sum())
+        size = float(weight.double().abs().sum())
+        stays = float(weight.double().abs()[layer.tensor(kept)].sum())
+        if not whole or matrix is not None:
+            new = weight if matrix is None else layer.tensor(matrix).to(weight.dtype)
+            edit.set_tensor(layer.weight, masked(new, layer.tensor(kept)))
+            edit.annotate(edit.target(layer.weight), plan.grid.form)
+            edit.count(op_name(layer.node).removeprefix("aten.").partition(".")[0])
+        used = kept.reshape(layer.outs, layer.taps, layer.channels).any(0).any(0)
+        edit.details.append(
+            {
+                "layer": layer.name,
+                "format": "dense" if whole else str(plan.grid.form),
+                "outs_x_ins": f"{layer.outs} x {layer.ins}",
+                "keep": count / layer.size,
+                "magnitude_kept": stays / size if size else 1.0,
+                "macs_before": layer.times * layer.size,
+                "macs": layer.times * count,
+                "unused_inputs": layer.channels - int(used.sum()),
+            }
+        )
+
+    def read_calibration(self, edit: Edit) -> Calibration:
+        """The calibration data, fitted to the program."""
+        return calibration(self.calibration, edit.program)
+
+    # How much ---------------------------------------------------------------------------------------------------------
+
+    def _layers(self, edit: Edit, form: Format) -> list[SparseLayer]:
+        found = []
+        for layer in sparse_layers(edit, self.include, self.exclude):
+            groups, outs, _ = layer.layer.shape
+            if groups > 1 and outs % form.rows:
+                reason = f"blocks of {form.rows} outputs would reach over two groups, which have {outs} each"
+                edit.declined.append(Decline(layer.name, reason))
+            else:
+                found.append(layer)
+        return found
+
+    def _scores(self, axes: Axes, layers: Sequence[SparseLayer]) -> Scores:
+        criterion = named("criterion", self.criterion, criteria)
+        if not isinstance(criterion, Elementwise):
+            known = [name for name in sorted(criteria.CRITERIA) if issubclass(criteria.load(name), Elementwise)]
+            raise BadOption(
+                what=f"{self.name}: {criterion.name} has values for items of axes, not for weights",
+                way_out=f"give one of {', '.join(known)}",
+            )
+        data = calibration(self.calibration, axes.program) if criterion.needs_calibration else None
+        wanted = {layer.weight.name for layer in layers}
+        found = {}
+        for member, values in criterion.elements(axes, data):
+            for name in wanted.intersection(member.names):
+                found[name] = values.to(torch.promote_types(member.tensor.dtype, torch.float32))
+        if missing := [layer.name for layer in layers if layer.weight.name not in found]:
+            raise BadOption(
+                what=f"{self.name}: {criterion.name} has no values for the weights of {', '.join(missing)}",
+                way_out="leave them out with exclude, or take another criterion",
+            )
+        return found
+
+    def _plans(self, edit: Edit, layers: Sequence[SparseLayer], grids: Sequence[Grid], scores: Scores) -> list[Plan]:
+        if grids[0].form.m > 1:
+            targets = [float(grid.stored(0.0)) for grid in grids]
+        else:
+            targets = self._targets(edit, layers, grids, scores).tolist()
+        return [Plan(*each) for each in zip(layers, grids, targets, strict=True)]
+
+    def _targets(self, edit: Edit, layers: Sequence[SparseLayer], grids: Sequence[Grid], scores: Scores) -> Floats:
+        densities: list[Tensor | None] = [None] * len(layers)
+        if self.allocation == "global":
+            densities = [
+                self._comparable(grid.density(grid.sums(layer.matrix(scores[layer.weight.name]))))
+                for layer, grid in zip(layers, grids, strict=True)
+            ]
+        seen = [
+            Ranked(grid, (layer.outs, layer.channels, *layer.layer.kernel), density)
+            for layer, grid, density in zip(layers, grids, densities, strict=True)
+        ]
+        shares = SHARES[self.allocation](seen, self.minimum)
+        if self.keep is not None:
+            self._check_reachable(edit, layers, self.keep)
+            return shares(self.keep)
+        assert self.budget is not None
+        each = {"flops": 2, "macs": 1}.get(self.budget.kind, 0)
+        costs = [each * layer.times or 1 for layer in layers]
+        whole = amount(edit.program, self.budget.kind)
+        rest = whole - sum(cost * layer.size for cost, layer in zip(costs, layers, strict=True))
+
+        def cost(keep: float) -> float:
+            kept = [grid.stored(own, self.by_row) for grid, own in zip(grids, shares(keep), strict=True)]
+            return rest + sum(cost * own for cost, own in zip(costs, kept, strict=True))
+
+        allowed = limit(edit.program, self.budget)
+        if (keep := largest(cost, allowed)) <= 0:
+            raise unreachable(edit.program.name, self.budget, cost(0.0), whole)
+        return shares(keep)
+
+    def _check_reachable(self, edit: Edit, layers: Sequence[SparseLayer], keep: float) -> None:
+        total = sum(layer.size for layer in layers)
+        floor = int(total * self.minimum)
+        least = sum(min(floor, layer.size) for layer in layers) / total
+        if self.allocation == "global" and keep < least:
+            raise BudgetUnreachable(file=edit.program.name, kind="keep", asked=f"{keep:g}", least=f"{least:.3g}")
+
+    def _comparable(self, density: Tensor) -> Tensor:
+        """Mean scores of units on a scale on which those of all layers are ranked together."""
+        criterion = named("criterion", self.criterion, criteria)
+        how = criterion.normalise if isinstance(criterion, L1) else "none" if criterion.comparable else "mean"
+        return density if how == "none" else normalised(density.flatten().double(), how).reshape(density.shape)
+
+    # In which order ---------------------------------------------------------------------------------------------------
+
+    def _orders(self, edit: Edit, axes: Axes, plans: Sequence[Plan], scores: Scores) -> dict[Any, Tensor]:
+        """The orders of axes under which more is kept."""
+        nodes = {node.name: node for node in axes.program.graph.nodes}
+        works = [
+            Work(plan.grid, plan.layer.matrix(scores[plan.layer.weight.name]).clone(), plan.target, self.by_row)
+            for plan in plans
+        ]
+        found: dict[Any, Tensor] = {}
+        for axis in axes.free():
+            roles, reason = self._roles(axes, axis, plans, works, nodes)
+            if not any(role.matters for role in roles):
+                continue
+            if reason:
+                where = f"{axis.label} ({axes.where(axis)})"
+                edit.declined.append(Decline(where, f"is not rearranged: {reason}"))
+                continue
+            order = best_order(roles, axis.extent)
+            if not torch.equal(order, torch.arange(axis.extent)):
+                found[axis] = order
+                edit.count("axis rearranged")
+        return found
+
+    @staticmethod
+    def _roles(
+        axes: Axes, axis: Axis, plans: Sequence[Plan], works: Sequence[Work], nodes: Mapping[str, Node]
+    ) -> tuple[list[Role], str]:
+        """What an axis is in the layers, and why its order cannot be chosen; "" where it can."""
+        roles, reason = [], ""
+        for plan, work in zip(plans, works, strict=True):
+            layer, dims = plan.layer, axes.dims[nodes[plan.layer.weight.name]]
+            for rows, place in ((True, layer.place_of_outs), (False, layer.layer.contracted)):
+                if axis not in atoms(dims[place]):
+                    continue
+                role = Role(work, rows)
+                roles.append(role)
+                if find(dims[place]) is not axis and role.matters:
+                    reason = f"it is part of a dimension of {layer.name}, and its blocks would be torn"
+                elif role.dealt and layer.taps > 1 and layer.channels % plan.grid.form.m:
+                    reason = f"{layer.name} has {layer.channels} channels, and groups of {plan.grid.form.m} cross taps"
+        return roles, reason
+
+
+def _reordered(axes: Axes, name: str, scores: Tensor, keep: Mapping[Axis, Tensor]) -> Tensor:
+    """Scores of a weight after its axes were brought into other orders."""
+    node = next(node for node in axes.dims if node.name == name)
+    for place, dim in enumerate(axes.dims[node]):
+        if touched(dim, keep):
+            scores = scores.index_select(place, index(dim, keep))
+    return scores
