@@ -119,8 +119,14 @@ def blocks_kept(matrix: np.ndarray | Tensor, form: Format) -> np.ndarray:
     outputs, inputs = kept.shape
     padded = np.zeros((-(-outputs // form.rows) * form.rows, -(-inputs // form.cols) * form.cols), bool)
     padded[:outputs, :inputs] = kept
-    blocks = padded.reshape(len(padded) // form.rows, form.rows, padded.shape[1] // form.cols, form.cols)
-    return np.asarray(blocks.any((1, 3)))
+    # A block's rows and columns one after another: numpy is slow at reducing short axes.
+    whole = padded[:: form.rows].copy()
+    for row in range(1, form.rows):
+        whole |= padded[row :: form.rows]
+    blocks = whole[:, :: form.cols].copy()
+    for column in range(1, form.cols):
+        blocks |= whole[:, column :: form.cols]
+    return blocks
 
 
 def stored(matrix: np.ndarray, form: Format) -> int:
@@ -142,9 +148,11 @@ def conforms(matrix: np.ndarray, form: Format) -> bool:
 def _crowded(matrix: np.ndarray, form: Format) -> np.ndarray:
     """(rows of blocks, groups of M columns), bool: where more than N are kept; the last group may be smaller."""
     kept = blocks_kept(matrix, form)
-    padded = np.zeros((len(kept), -(-kept.shape[1] // form.m) * form.m), bool)
-    padded[:, : kept.shape[1]] = kept
-    return padded.reshape(len(kept), -1, form.m).sum(-1) > form.n
+    count = np.zeros((len(kept), -(-kept.shape[1] // form.m)), np.int32)
+    for column in range(min(form.m, kept.shape[1])):
+        part = kept[:, column :: form.m]
+        count[:, : part.shape[1]] += part
+    return count > form.n
 
 
 def offence(matrix: np.ndarray, form: Format) -> tuple[int, int, str] | None:
@@ -186,15 +194,20 @@ def recognise(matrix: np.ndarray, outputs: int = 0) -> Format | None:
     share = np.count_nonzero(matrix) / max(1, matrix.size)
     if share == 0 or 1 - share < LEAST_ZEROS:
         return None
-    blocks = [form for form in BLOCKS if outputs % form.rows == 0]
+    # Larger blocks hold only where pairs do, which are quick to look at. The largest have 16 elements; see `conforms`.
+    most = max(np.count_nonzero(matrix) / FULL, np.count_nonzero(matrix) + 16)
+    rows, cols = (stored(matrix, pair) <= most for pair in (Format(2, 1), Format(1, 2)))
+    blocks = [
+        form for form in BLOCKS if outputs % form.rows == 0 and (rows or form.rows == 1) and (cols or form.cols == 1)
+    ]
     block = next((form for form in blocks if conforms(matrix, form)), UNSTRUCTURED)
     if block.cols == 1:
         columns = matrix.shape[1]
         for pattern in PATTERNS:
             form = Format(block.rows, 1, pattern.n, pattern.m)
-            most = (columns // form.m * form.n + min(form.n, columns % form.m)) / columns
+            full = (columns // form.m * form.n + min(form.n, columns % form.m)) / columns
             # N of M by chance has less than N of M kept on the whole.
-            if abs(share - most) < 0.02 and conforms(matrix, form):
+            if abs(share - full) < 0.02 and conforms(matrix, form):
                 return form
     return block
 
