@@ -1,0 +1,144 @@
+"""One model with its weights, in the formats that the engines read. Each file is written when it is first asked for."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.registry import HERE, PeerFailed
+from graphopt.bench import to_onnx
+from graphopt.program import Program
+
+
+@dataclass
+class Case:
+    """A model with one set of weights.
+
+    `dense` is the same model with all its weights (None: this is it), `changed` what differs, by module name: before
+    and after.
+    """
+
+    label: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    program: Program
+    changed: dict[str, tuple[np.ndarray, np.ndarray]]
+    folder: Path
+    peers: Path | None
+    dense: Case | None = None
+    _files: dict[str, Path] = field(default_factory=dict)
+
+    def file(self, reads: str) -> Path:
+        """The model in the format `reads`, a key of WRITERS. Raises PeerFailed."""
+        if reads not in self._files:
+            path = self.folder / f"{self.label}.{reads}"
+            WRITERS[reads](self, path)
+            self._files[reads] = path
+        return self._files[reads]
+
+    def input_files(self) -> list[dict[str, object]]:
+        """The inputs as `worker.py` takes them."""
+        items = []
+        for name, tensor in self.inputs.items():
+            array, file = tensor.numpy(), self.folder / f"{self.label}.{name}.bin"
+            array.tofile(file)
+            items.append({"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "file": str(file)})
+        return items
+
+    def forget(self) -> None:
+        """Remove the files."""
+        for file in self._files.values():
+            file.unlink(missing_ok=True)
+        self._files.clear()
+
+
+class _Positional(nn.Module):
+    """A module that takes its inputs in order and returns its tensors as a tuple."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        results = self.module(**dict(zip(self.names, args, strict=True)))
+        if isinstance(results, Tensor):
+            return (results,)
+        return tuple(results.values()) if isinstance(results, dict) else tuple(results)
+
+
+def write_pt2(case: Case, path: Path) -> None:
+    """What torch.export saves."""
+    torch.export.save(case.program.exported, path)
+
+
+def write_onnx(case: Case, path: Path) -> None:
+    """By torch's present exporter, from the program."""
+    path.write_bytes(to_onnx(case.program))
+
+
+def write_onnx_legacy(case: Case, path: Path) -> None:
+    """By the exporter before, opset 14 and IR 7: what old engines read. It traces the module, not the program."""
+    module = copy.deepcopy(case.module)
+    if hasattr(module, "set_attn_implementation"):
+        module.set_attn_implementation("eager")  # fewer operators for NaN that nobody recognises
+    names = list(case.inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Positional(module, names),
+            tuple(case.inputs.values()),
+            str(path),
+            dynamo=False,
+            opset_version=14,
+            do_constant_folding=True,
+            input_names=names,
+        )
+
+
+def write_tflite_base(case: Case, path: Path) -> None:
+    """By litert-torch, with all weights."""
+    _litert(case, "convert_litert.py", str(case.file("pt2")), str(path))
+
+
+def _write_tflite(form: str) -> Callable[[Case, Path], None]:
+    def write(case: Case, path: Path) -> None:
+        arrays = path.with_suffix(".npz")
+        pairs = case.changed.items()
+        np.savez(arrays, **{f"{name}/{when}": pair[i] for name, pair in pairs for i, when in enumerate(TIMES)})
+        base = (case.dense or case).file("tflite-base")
+        _litert(case, "sparse_tflite.py", str(base), str(arrays), str(path), form)
+        arrays.unlink()
+
+    write.__doc__ = f"The file with all weights, with those of this case put in, {form}."
+    return write
+
+
+TIMES = ("before", "after")
+
+
+def _litert(case: Case, script: str, *args: str) -> None:
+    """Run a script in LiteRT's environment."""
+    python = (case.peers or Path()) / "litert" / "bin" / "python"
+    if not python.exists():
+        raise PeerFailed("tflite files need LiteRT's environment: benchmarks/peers/setup.sh FOLDER litert")
+    done = subprocess.run([str(python), str(HERE / script), *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PeerFailed(f"{script}: {(done.stderr.strip().splitlines() or ['failed'])[-1][:300]}")
+
+
+WRITERS: dict[str, Callable[[Case, Path], None]] = {
+    "pt2": write_pt2,
+    "onnx": write_onnx,
+    "onnx-legacy": write_onnx_legacy,
+    "tflite-base": write_tflite_base,
+    "tflite": _write_tflite("dense"),
+    "tflite-csr": _write_tflite("csr"),
+}
