@@ -6,9 +6,9 @@ from tvm import ir, relax
 from tvm.ir import IRModule
 
 from graphopt.codegen.bounds import guard_indices
-from graphopt.codegen.channels_last import channels_last
 from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of
 from graphopt.codegen.importer import to_relax
+from graphopt.codegen.layout import lay_out
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.simplify_views import simplify_views
 from graphopt.program import Program
@@ -18,7 +18,8 @@ from graphopt.targets.target import Target
 def prepare(program: Program, target: Target) -> IRModule:
     """Import the program and bring it into the form that the templates match.
 
-    Static shapes; weights are constants; on processors convolutions are NHWC with OHWI weights.
+    Static shapes; weights are constants; on processors convolutions are NHWC with OHWI weights, or NCHW where zeros in
+    them pay.
 
     Raises:
         UnsupportedOp: an operator that cannot be expressed.
@@ -27,7 +28,7 @@ def prepare(program: Program, target: Target) -> IRModule:
     passes = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
     module = guard_indices(fold_constants(ir.transform.Sequential(passes)(module)))
     if target.kind != "cuda":
-        module = channels_last(module)
+        module = lay_out(module, target)
     return fold_constants(simplify_views(module))
 
 

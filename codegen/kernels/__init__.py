@@ -10,6 +10,8 @@ from graphopt.codegen.kernels.template import Template
 # Family to class. Where two look at the same operator, the earlier one is asked first.
 TEMPLATES: dict[str, str] = {
     "attention": "Attention",
+    "depthwise_planes": "DepthwisePlanes",
+    "spmm": "SparseProduct",
     "gemm": "Gemm",
     "depthwise": "DepthwiseConv2d",
     "conv2d": "Conv2d",

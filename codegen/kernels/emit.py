@@ -94,16 +94,17 @@ def loop(extent: int, parallel: bool = False) -> Any:
 
 
 def copy_run(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int, lanes: int) -> None:
-    """target[to : to + count] = source[start : start + count], or zeros where `source` is None."""
+    """target[to : to + count] = source[start : start + count], or zeros where `source` is None. They do not overlap."""
 
     def move(offset: Expr, width: int) -> None:
         kind = str(target.dtype)
         value = splat(0.0, width, kind) if source is None else load(source, start + offset, width, kind)
         store(target, to + offset, value, width, kind)
 
-    if count >= lanes:
-        with T.serial(0, count // lanes) as i:
-            move(i * lanes, lanes)
-    if count % lanes:
-        with T.serial(0, count % lanes) as i:
-            move(count // lanes * lanes + i, 1)
+    if count <= 0:
+        return
+    lanes = min(lanes, 1 << (count.bit_length() - 1))
+    with T.serial(0, count // lanes) as i:
+        move(i * lanes, lanes)
+    if count % lanes:  # the last vector overlaps
+        move(count - lanes, lanes)

@@ -202,9 +202,12 @@ _BINARY = {f"relax.{name}": name for name in ("add", "subtract", "multiply", "di
 _VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze")
 
 
-def absorb(flow: Dataflow, var: relax.Var) -> Absorbed:
-    """Follow the elementwise operators behind an anchor's variable, as far as one kernel can take them."""
-    chain = _Chain(flow, var)
+def absorb(flow: Dataflow, var: relax.Var, inner: int = 1) -> Absorbed:
+    """Follow the elementwise operators behind an anchor's variable, as far as one kernel can take them.
+
+    The `inner` last dimensions together are the column index: two for images whose channels stand in front.
+    """
+    chain = _Chain(flow, var, inner)
     best = chain.snapshot()
     while len(chain.steps) < MAX_STEPS:
         waiting = [b for v in chain.number for b in flow.users(v) if b.var not in chain.number]
@@ -221,8 +224,8 @@ def absorb(flow: Dataflow, var: relax.Var) -> Absorbed:
 class _Chain:
     """The steps taken so far."""
 
-    def __init__(self, flow: Dataflow, var: relax.Var) -> None:
-        self.flow, self.last = flow, var
+    def __init__(self, flow: Dataflow, var: relax.Var, inner: int) -> None:
+        self.flow, self.last, self.inner = flow, var, inner
         self.number: dict[relax.Var, int] = {var: 0}  # to the value it stands for; views share one
         self.steps: list[Step] = []
         self.operands: list[Operand] = []
@@ -230,7 +233,7 @@ class _Chain:
         self.dtype = dtype_of(var)
         self.outputs = _outputs(flow)
         shape = shape_of(var)
-        self.cols, self.rows = shape[-1], math.prod(shape[:-1])
+        self.cols, self.rows = math.prod(shape[-inner:]), math.prod(shape[:-inner])
 
     def snapshot(self) -> Absorbed:
         sources = list(zip(self.operands, self.sources, strict=True))
@@ -260,7 +263,10 @@ class _Chain:
         if not op or not is_tensor(var) or dtype_of(var) != self.dtype:
             return False
         shape = shape_of(var)
-        if not shape or shape[-1] != self.cols or math.prod(shape[:-1]) != self.rows:
+        if op in _VIEWS and self.inner > 1:
+            return False
+        columns = math.prod(shape[-self.inner :]) if len(shape) >= self.inner else 0
+        if not shape or columns != self.cols or math.prod(shape[: -self.inner]) != self.rows:
             return False
         if op in _VIEWS:
             self.number[var], self.last = self.number[call.args[0]], var
@@ -323,7 +329,7 @@ class _Chain:
                 return None
         extents = array.shape if array is not None else shape_of(expr)
         dtype = str(array.dtype) if array is not None else dtype_of(expr)
-        operand = _broadcast(extents, shape, dtype, array is not None)
+        operand = _broadcast(extents, shape, dtype, array is not None, self.inner)
         if operand is None:
             return None
         self.operands.append(operand)
@@ -331,11 +337,18 @@ class _Chain:
         return ("operand", len(self.operands) - 1)
 
 
-def _broadcast(operand: tuple[int, ...], shape: tuple[int, ...], dtype: str, constant: bool) -> Operand | None:
-    """How a tensor of shape `operand` is read when it meets one of `shape`."""
+def _broadcast(
+    operand: tuple[int, ...], shape: tuple[int, ...], dtype: str, constant: bool, inner: int = 1
+) -> Operand | None:
+    """How a tensor of shape `operand` is read when it meets one of `shape`, whose `inner` last dimensions are one."""
     extents = (1,) * (len(shape) - len(operand)) + tuple(operand)
     if len(extents) != len(shape) or any(e not in (1, s) for e, s in zip(extents, shape, strict=True)):
         return None
+    if inner > 1:
+        last, whole = math.prod(extents[-inner:]), math.prod(shape[-inner:])
+        if last not in (1, whole):
+            return None
+        extents, shape = (*extents[:-inner], last), (*shape[:-inner], whole)
     merged: list[tuple[int, int]] = []  # (extent of the row index, stride), innermost first
     stride = extents[-1]
     for extent, size in list(zip(extents, shape, strict=True))[-2::-1]:

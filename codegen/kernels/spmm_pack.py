@@ -1,0 +1,79 @@
+"""Weights with zeros, packed for `spmm_tile.py`: block rows, each a list of values and of where their inputs lie.
+
+    section   rows in blocks of `height` outputs; a matrix whose height is no multiple has a second section
+    values    (blocks, height): the weights of one input, for the outputs of the block row
+    offsets   (blocks,) int32: where that input's elements begin, in elements
+    ends      (block rows + 1,) int32: the blocks of block row r are those from ends[r] to ends[r + 1]
+    outputs   (block rows,) int32: the first output of each block row
+
+Blocks of any format are packed at the height that is fastest: an element that is zero in a kept block is multiplied
+like the others. Block rows are sorted by length, so that the processor predicts where their loops end.
+Source: Elsen et al., "Fast Sparse ConvNets", CVPR 2020, arXiv:1911.09723. Differs: rows are sorted, offsets absolute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.codegen.dataflow import Array
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is packed of consecutive outputs, at one height of blocks."""
+
+    height: int
+    values: Array
+    offsets: Array
+    ends: Array
+    outputs: Array
+
+    @property
+    def block_rows(self) -> int:
+        """How many block rows there are."""
+        return len(self.outputs)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are multiplied."""
+        return len(self.offsets)
+
+    def bounds(self, chunks: int) -> Array:
+        """Where to cut the block rows into `chunks` runs of about as many blocks: (chunks + 1,) int32."""
+        work = self.ends.astype(np.int64) + np.arange(len(self.ends)) * 2
+        wanted = np.arange(1, chunks) * (work[-1] / chunks)
+        return np.concatenate([[0], np.searchsorted(work, wanted), [self.block_rows]]).astype(np.int32)
+
+
+def blocks_of(matrix: Array, height: int) -> int:
+    """How many blocks of a height have an element that is not zero; in rows that are left over, of what is left."""
+    whole = len(matrix) // height * height
+    kept = (matrix[:whole].reshape(whole // height, height, -1) != 0).any(1).sum() if whole else 0
+    return int(kept + (matrix[whole:] != 0).any(0).sum())
+
+
+def pack(matrix: Array, offsets: Array, height: int) -> tuple[Section, ...]:
+    """Pack a matrix (outputs, inputs) whose input i begins at offsets[i]."""
+    whole = len(matrix) // height * height
+    sections = []
+    if whole:
+        sections.append(_section(matrix[:whole], offsets, height, 0))
+    if whole < len(matrix):
+        sections.append(_section(matrix[whole:], offsets, len(matrix) - whole, whole))
+    return tuple(sections)
+
+
+def _section(matrix: Array, offsets: Array, height: int, first: int) -> Section:
+    blocks = matrix.reshape(-1, height, matrix.shape[1])
+    kept = (blocks != 0).any(1)
+    order = np.argsort(-kept.sum(1), kind="stable")
+    rows, inputs = np.nonzero(kept[order])
+    return Section(
+        height=height,
+        values=np.ascontiguousarray(blocks[order[rows], :, inputs]).astype(np.float32).reshape(-1),
+        offsets=offsets[inputs].astype(np.int32),
+        ends=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(blocks)))]).astype(np.int32),
+        outputs=(first + order * height).astype(np.int32),
+    )
