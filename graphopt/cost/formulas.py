@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.cost import recurrent
 from graphopt.cost.polynomial import Polynomial
 from graphopt.exported import op_name
 
@@ -84,7 +85,8 @@ def numbers(node: Node) -> Sequence[Shaped]:
 
 def base_name(node: Node) -> str:
     """The operator without namespace and overload: `conv2d`."""
-    return op_name(node).removeprefix("aten.").partition(".")[0]
+    space, dot, rest = op_name(node).partition(".")
+    return (rest if dot else space).partition(".")[0]
 
 
 def renames(node: Node) -> bool:
@@ -151,22 +153,43 @@ def _attention(call: Call) -> Extent:
 
 
 def _einsum(call: Call) -> Extent:
+    """Operands are contracted one after another, as torch does; what sums over nothing is a plain multiplication."""
     operands = call.node.args[1]
     assert isinstance(operands, (list, tuple))
-    terms = str(call.node.args[0]).replace(" ", "").partition("->")[0].split(",")
-    if "..." in str(call.node.args[0]) or len(operands) < 2:
-        return 0
-    sizes = [zip(term, call.shape(o), strict=True) for term, o in zip(terms, operands, strict=True)]
-    return product({letter: size for pairs in sizes for letter, size in pairs}.values())
+    left, _, right = str(call.node.args[0]).replace(" ", "").partition("->")
+    if "->" not in str(call.node.args[0]):
+        right = "".join(name for name in left if name == "." or (name.isalpha() and left.count(name) == 1))
+    sizes: dict[str, Extent] = {}
+    terms = []
+    for term, operand in zip(left.split(","), operands, strict=True):
+        before, dots, after = term.partition("...")
+        shape = call.shape(operand)
+        # Leading dimensions are aligned at their end: they are ...1, the last, ...2, the one before, and so on.
+        leading = [f"...{n}" for n in range(len(shape) - len(before) - len(after), 0, -1)] if dots else []
+        names = (*before, *leading, *after)
+        sizes |= {name: size for name, size in zip(names, shape, strict=True) if sizes.get(name, 1) == 1}
+        terms.append(set(names))
+    macs: Extent = 0
+    kept = {name for name in sizes if name in right or name.startswith("...")}
+    done = terms[0]
+    for place, term in enumerate(terms[1:], 1):
+        later = kept.union(*terms[place + 1 :])
+        # What only one of the two has, and nobody later, is summed before they meet.
+        both = {name for name in done | term if name in later or (name in done and name in term)}
+        if not both <= later:
+            macs = macs + product(sizes[name] for name in both)
+        done = both & later
+    return macs
 
 
 _MACS: dict[str, Callable[[Call], Extent]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _conv),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv),
-    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "mv", "dot"), _inner(0)),
+    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "mv", "dot", "_grouped_mm", "grouped_mm_fallback"), _inner(0)),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), _inner(1)),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
+    **dict.fromkeys(recurrent.LAYERS | recurrent.CELLS, lambda call: recurrent.macs(call.op, call.node, call.shape)),
 }
 
 # Other FLOPs ----------------------------------------------------------------------------------------------------------
@@ -207,10 +230,14 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 
 def _extra_flops(call: Call) -> Extent:
     """FLOPs that are no multiply-adds of a matrix product."""
+    if call.op in recurrent.LAYERS | recurrent.CELLS:
+        return recurrent.extra_flops(call.op, call.node, call.shape)
     if call.op in _MACS:
         if call.op == "scaled_dot_product_attention":
             query, key = call.shape(call.node.args[0]), call.shape(call.node.args[1])
             return product(query[:-1]) * key[-2] * (1 + _PER_ELEMENT["softmax"])
+        if call.op == "einsum" and not _einsum(call):
+            return call.numel
         biased = call.op.startswith("add") or call.op == "baddbmm" or isinstance(call.argument(2, "bias"), Node)
         return call.numel if biased else 0
     if call.op in _NO_FLOPS:

@@ -18,8 +18,9 @@ from tests.programs import program_of, tiny
 def test_multiply_adds_agree_with_torch(name):
     """On every model of the zoo 2 * macs is what torch.utils.flop_counter counts, and the parameters are torch's."""
     module, inputs = TINY[name]()
-    # The counter does not know attention's CPU kernel; the plain form is products that it knows.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    # The counter does not know attention's CPU kernel, nor oneDNN's LSTM; the plain forms are products that it knows.
+    plain = sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain[0], plain[1]:
         module(**inputs)
     total = summary(tiny(name)).total
     assert 2 * total.macs == counter.get_total_flops()
@@ -45,6 +46,11 @@ CASES = {
     "transposed": (lambda s, x: s.m(x), (1, 4, 3, 3), nn.ConvTranspose2d(4, 6, 2, 2, bias=False), 4 * 9 * 6 * 4, 1728),
     "matmul": (lambda s, x: x @ x.transpose(1, 2), (2, 3, 4), None, 2 * 9 * 4, 144),
     "einsum": (lambda s, x: torch.einsum("bij,bkj->bik", x, x), (2, 3, 4), None, 72, 144),
+    "einsum, dots": (lambda s, x: torch.einsum("...ij,kj->...ik", x, x[0]), (2, 3, 4), None, 2 * 9 * 4, 144),
+    "einsum, one after another": (lambda s, x: torch.einsum("ij,jk,kl->il", x, x.T, x), (2, 3), None, 24, 48),
+    "einsum, nothing summed": (lambda s, x: torch.einsum("ij,ij->ij", x, x), (2, 3), None, 0, 6),
+    "einsum, summed before": (lambda s, x: torch.einsum("ij,kj->i", x, x), (2, 3), None, 6, 12),
+    "einsum of one": (lambda s, x: torch.einsum("ij->i", x), (2, 3), None, 0, 2),
     "relu": (lambda s, x: x.relu(), (2, 3), None, 0, 6),
     "softmax": (lambda s, x: x.softmax(-1), (2, 3), None, 0, 30),
     "mean": (lambda s, x: x.mean(-1), (2, 3), None, 0, 6),
