@@ -106,10 +106,14 @@ def _linear(flow: Dataflow, value: relax.Expr) -> Array | None:
 
 
 def _turned(value: relax.Call, weight: Array, builder: relax.BlockBuilder) -> relax.Expr:
-    x, shape = value.args[0], shape_of(value)
-    tokens, inputs = math.prod(shape[:-1]), weight.shape[0]
-    rows = builder.emit(relax.op.reshape(x, (tokens, inputs)))
-    columns = builder.emit(relax.op.permute_dims(rows, [1, 0]))
+    x, shape, inputs = value.args[0], shape_of(value), weight.shape[0]
+    # The rank stays where it can: only then do `simplify_views` and the epilogue see through the transposes.
+    tokens = math.prod(shape[:-1])
+    kept = len(shape) if math.prod(shape[:-2]) == 1 and len(shape) <= 3 else 2
+    if kept != len(shape):
+        x = builder.emit(relax.op.reshape(x, (tokens, inputs)))
+    order = [*range(kept - 2), kept - 1, kept - 2]
+    columns = builder.emit(relax.op.permute_dims(x, order))
     turned = builder.emit(relax.op.matmul(relax.const(np.ascontiguousarray(weight.T), "float32"), columns))
-    back = builder.emit(relax.op.permute_dims(turned, [1, 0]))
-    return relax.op.reshape(back, shape)
+    back = relax.op.permute_dims(turned, order)
+    return back if kept == len(shape) else relax.op.reshape(builder.emit(back), shape)

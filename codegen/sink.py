@@ -130,6 +130,24 @@ def _strided_slice(call: relax.Call, seen: Transposed, reorder: Reorder, emit: E
     return Transposed(emit(sliced), seen.order)
 
 
+def _layer_norm(call: relax.Call, seen: Transposed, reorder: Reorder, emit: Emit) -> Transposed | None:
+    a = call.attrs
+    if len(a.axes) != 1:
+        return None
+    axis = _axis(a.axes[0], seen)
+    if axis != len(seen.order) - 2:
+        return None  # no kernel has its features there
+    norm = relax.op.nn.layer_norm(
+        reorder(call.args[0]),
+        *call.args[1:],
+        axes=[axis],
+        epsilon=float(a.epsilon),
+        center=bool(a.center),
+        scale=bool(a.scale),
+    )
+    return Transposed(emit(norm), seen.order)
+
+
 def _group_norm(call: relax.Call, seen: Transposed, reorder: Reorder, emit: Emit) -> Transposed | None:
     a = call.attrs
     norm = relax.op.nn.group_norm(
@@ -155,5 +173,6 @@ RULES: dict[str, Callable[..., Transposed | None]] = {
     "relax.nn.log_softmax": _along(relax.op.nn.log_softmax),
     "relax.nn.pad": _pad,
     "relax.nn.group_norm": _group_norm,
+    "relax.nn.layer_norm": _layer_norm,
     "relax.strided_slice": _strided_slice,
 }

@@ -16,6 +16,8 @@ TEMPLATES: dict[str, str] = {
     "depthwise": "DepthwiseConv2d",
     "conv2d": "Conv2d",
     "layer_norm": "LayerNorm",
+    "layer_norm_columns": "LayerNormColumns",
+    "transpose": "Transpose",
     "softmax": "Softmax",
     "pool": "Pool",
     "sorting": "Sorting",

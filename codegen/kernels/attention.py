@@ -27,6 +27,7 @@ from graphopt.codegen.dataflow import Dataflow, dtype_of, shape_of
 from graphopt.codegen.kernels.attention_match import Found, find
 from graphopt.codegen.kernels.attention_tile import Tile, panels, tile_for
 from graphopt.codegen.kernels.emit import load, loop, prim_func, splat, spread, store
+from graphopt.codegen.kernels.squares import transposed
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.views import View
 from graphopt.errors import Decline
@@ -187,22 +188,40 @@ class _Head:
         """V to panels [d / NR][m][NR], the last one as narrow as its vectors, filled up with zeros."""
         f, t = self.f, self.t
         value, base = self.source(f.v), T.bind(self.start(f.v))
-        row = f.v.stride(1) or 0
+        row, column = f.v.stride(1) or 0, f.v.stride(3) or 0
+        if row == 1 and column > 1 and f.d % t.lanes == 0 and f.m >= t.lanes and f.dtype == "float32":
+            self.pack_turned_values(value, base, column)
+            return
         with T.serial(0, f.m) as j:
             for first, vectors in panels(f.d, t):
                 for r in range(vectors):
                     at = first + r * t.lanes
                     to = self.values + first * f.m + j * (vectors * t.lanes) + r * t.lanes
-                    if at + t.lanes <= f.d:
+                    if at + t.lanes <= f.d and column in (0, 1):
                         moved = load(value, base + j * row + at, t.lanes, "float32")
                         store(self.scratch, to, moved, t.lanes, "float32")
                         continue
                     for lane in range(t.lanes):
                         inside = at + lane < f.d
                         one = (
-                            load(value, base + j * row + at + lane, 1, "float32") if inside else splat(0, 1, "float32")
+                            load(value, base + j * row + (at + lane) * (column or 1), 1, "float32")
+                            if inside
+                            else splat(0, 1, "float32")
                         )
                         T.buffer_store(self.scratch, one, [to + lane])
+
+    def pack_turned_values(self, value: Any, base: Expr, column: int) -> None:
+        """The same for V as [d, m]: squares are transposed in registers."""
+        f, t = self.f, self.t
+        for first, vectors in panels(f.d, t):
+            for r in range(vectors):
+                with T.serial(0, -(-f.m // t.lanes)) as i:
+                    at = T.bind(tirx.min(i * t.lanes, f.m - t.lanes))
+                    start = base + (first + r * t.lanes) * column + at
+                    square = [T.bind(load(value, start + n * column, t.lanes, "float32")) for n in range(t.lanes)]
+                    for n, vector in enumerate(transposed(square, t.lanes)):
+                        to = self.values + first * f.m + (at + n) * (vectors * t.lanes) + r * t.lanes
+                        store(self.scratch, to, vector, t.lanes, "float32")
 
     def products(self, first: Expr, seen: Expr) -> None:
         """Scores of a block of rows: Q K^T times scale."""

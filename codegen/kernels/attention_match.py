@@ -187,7 +187,10 @@ def _checked(
 
 
 def _operand(flow: Dataflow, expr: relax.Expr, contiguous_last: bool) -> View:
-    """A view of [b, n, h, d] with one stride for n and d; the tensor itself where there is none."""
+    """A view of [b, n, h, d] with one stride for n and d; the tensor itself where there is none.
+
+    Of values either n or d must lie together.
+    """
     view = view_of(flow, expr)
     return view if _readable(view, contiguous_last) else contiguous(expr)
 
@@ -196,7 +199,7 @@ def _readable(view: View, contiguous_last: bool) -> bool:
     last = view.stride(3)
     if view.stride(1) is None or last is None:
         return False
-    return last == 1 or view.shape[3] == 1 or not contiguous_last
+    return last == 1 or view.shape[3] == 1 or not contiguous_last or view.stride(1) == 1
 
 
 def _batched(

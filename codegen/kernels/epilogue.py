@@ -216,7 +216,8 @@ def absorb(flow: Dataflow, var: relax.Var, inner: int = 1) -> Absorbed:
         following = min(waiting, key=lambda b: flow.position[b.var])
         if not chain.take(following):
             break
-        if chain.closed(following.var):
+        # A view at the end is left outside: it is free, and others may look at what is in front of it.
+        if chain.closed(following.var) and op_of(following.value) not in _VIEWS:
             best = chain.snapshot()
     return best
 

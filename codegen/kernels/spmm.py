@@ -161,11 +161,11 @@ def _linear(flow: Dataflow, call: relax.Call) -> Operands | str:
     matrix, x = flow.constant(call.args[0]), call.args[1]
     if matrix is None or flow.constant(x) is not None:
         return "the first factor is no constant matrix"
-    if matrix.ndim != 2 or len(shape_of(x)) != 2:
+    if matrix.ndim != 2 or len(shape_of(x)) < 2 or math.prod(shape_of(x)[:-2]) != 1:
         return "not a product of two matrices"
     if dtype_of(x) != "float32" or str(matrix.dtype) != "float32":
         return f"{matrix.dtype} times {dtype_of(x)}"
-    inputs, tokens = shape_of(x)
+    inputs, tokens = shape_of(x)[-2:]
     if 0 in (*matrix.shape, tokens):
         return "an operand has no elements"
     return matrix, np.arange(inputs) * tokens, x, Source(1, inputs, inputs * tokens, 1, tokens, None)
