@@ -43,8 +43,11 @@ def _top(version: bool = typer.Option(False, "--version", help="Print the versio
     """Compile PyTorch models ahead of time into checked bundles for cpu, wasm, arm and cuda."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line (without the program's name) and return its exit code; nothing is raised."""
+def execute(arguments: Sequence[str]) -> int:
+    """Carry out a command line (without the program's name) and return its exit code; nothing is raised.
+
+    It is not called `run`: that is a verb, whose module becomes an attribute of this package once it is imported.
+    """
     return guarded(list(arguments), _invoke)
 
 
@@ -61,4 +64,4 @@ def _invoke(arguments: list[str]) -> None:
 
 def main() -> None:
     """The entry point of the `graphopt` script."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(execute(sys.argv[1:]))

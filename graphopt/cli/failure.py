@@ -124,7 +124,7 @@ def _signals() -> Iterator[None]:
     _pending.clear()
     try:
         before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    except ValueError:  # not in the main thread, as when a program calls `run` from one of its own
+    except ValueError:  # not in the main thread, as when a program calls `execute` from one of its own
         yield
         return
     try:

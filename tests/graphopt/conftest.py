@@ -10,7 +10,7 @@ import torch
 
 import graphopt
 from graphopt.bundle import Bundle
-from graphopt.cli import run
+from graphopt.cli import execute
 from tests.graphopt.small import Net, X
 from tests.graphopt.two_outputs import small, small_inputs
 
@@ -53,7 +53,7 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = run([str(argument) for argument in arguments])
+        code = execute([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return code, out, err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import platform
@@ -30,13 +31,29 @@ FACTORY = "tests.graphopt.two_outputs:small"
 
 def test_help_is_quick_and_lists_the_verbs() -> None:
     """No PyTorch for --help; it names every verb and the exit codes."""
-    probe = "import sys; from graphopt.cli import run; run(['--help']); print('torch' in sys.modules)"
+    probe = "import sys; from graphopt.cli import execute; execute(['--help']); print('torch' in sys.modules)"
     started = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     assert time.perf_counter() - started < 10  # a loaded machine; 0.3 s on an idle one
     assert out.endswith("False\n")
     assert all(verb in out for verb in VERBS)
     assert "Exit codes" in out
+
+
+def test_main_may_be_called_again() -> None:
+    """A program that uses the entry point itself, more than once."""
+    probe = """
+        import sys
+        from graphopt.cli import main
+        for line in ("--version", "targets -q", "--version"):
+            sys.argv = ["graphopt", *line.split()]
+            try:
+                main()
+            except SystemExit as end:
+                print(end.code)
+    """
+    done = subprocess.run([sys.executable, "-c", inspect.cleandoc(probe)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["graphopt", graphopt.__version__, "0", "0", "graphopt", graphopt.__version__, "0"]
 
 
 def test_options_are_kebab_case_and_described() -> None:
@@ -102,7 +119,7 @@ def test_quiet_prints_nothing_but_errors(
 
 def test_a_folder_that_is_not_there_is_noticed_at_once(tmp_path: Path) -> None:
     """Before PyTorch is imported, with the first folder that is missing; a wrong target likewise."""
-    probe = "import sys; from graphopt.cli import run; run(sys.argv[1:]); print('torch' in sys.modules)"
+    probe = "import sys; from graphopt.cli import execute; execute(sys.argv[1:]); print('torch' in sys.modules)"
     (tmp_path / "there").mkdir()
     for more, words in (
         (("-o", "there/none/deep/x.bundle"), "there is no folder there/none; folders above"),

@@ -149,7 +149,7 @@ def test_a_file_size_limit_leaves_nothing(small_bundle: graphopt.Bundle, tmp_pat
     large = nn.Sequential(nn.Linear(1200, 1200))
     torch.export.save(torch.export.export(large, (torch.ones(1, 1200),)), tmp_path / "large.pt2")
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20)); "
-    call = "from graphopt.cli import run; sys.exit(run(['compile', '../large.pt2', '-o', 'x.bundle']))"
+    call = "from graphopt.cli import execute; sys.exit(execute(['compile', '../large.pt2', '-o', 'x.bundle']))"
     command = [sys.executable, "-c", limit + call]
     done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True)
     assert done.returncode == 5, done.stderr
