@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from graphopt.axes import Axes, Axis, atoms, find, index, infer, touched
+from graphopt.axes import Axes, Axis, atoms, index, infer, touched
 from graphopt.budget import Budget, Floats
 from graphopt.calibration import Calibration, calibration
 from graphopt.edit import Edit
@@ -20,7 +19,7 @@ from graphopt.passes import criteria
 from graphopt.passes.base import Pass
 from graphopt.passes.criteria.base import Elementwise, normalised
 from graphopt.passes.criteria.magnitude import L1
-from graphopt.passes.rearrange import Role, Work, best_order
+from graphopt.passes.rearrange import Work, best_order, role_of
 from graphopt.passes.reduction import named
 from graphopt.passes.sizes import amount, limit, unreachable
 from graphopt.passes.sparse_grid import Grid
@@ -113,7 +112,8 @@ class Sparsify(Pass):
         if self.by_scores or self.rearrange or (self.allocation == "global" and form.m == 1):
             scores = self._scores(axes, layers)
         plans = self._plans(edit, layers, grids, scores)
-        if self.rearrange and (keep := self._orders(edit, axes, plans, scores)):
+        needed = self.rearrange and not all(plan.is_whole for plan in plans)
+        if needed and (keep := self._orders(edit, axes, plans, scores)):
             shrink_in(edit, axes, keep)
             scores = {name: _reordered(axes, name, own, keep) for name, own in scores.items()}
             plans = self._plans(edit, layers, grids, scores)
@@ -272,37 +272,18 @@ class Sparsify(Pass):
         ]
         found: dict[Any, Tensor] = {}
         for axis in axes.free():
-            roles, reason = self._roles(axes, axis, plans, works, nodes)
-            if not any(role.matters for role in roles):
-                continue
-            if reason:
-                where = f"{axis.label} ({axes.where(axis)})"
-                edit.declined.append(Decline(where, f"is not rearranged: {reason}"))
-                continue
+            roles = [
+                role_of(work, rows, dims[place], axis)
+                for plan, work in zip(plans, works, strict=True)
+                for dims in [axes.dims[nodes[plan.layer.weight.name]]]
+                for rows, place in ((True, plan.layer.place_of_outs), (False, plan.layer.layer.contracted))
+                if axis in atoms(dims[place])
+            ]
             order = best_order(roles, axis.extent)
             if not torch.equal(order, torch.arange(axis.extent)):
                 found[axis] = order
                 edit.count("axis rearranged")
         return found
-
-    @staticmethod
-    def _roles(
-        axes: Axes, axis: Axis, plans: Sequence[Plan], works: Sequence[Work], nodes: Mapping[str, Node]
-    ) -> tuple[list[Role], str]:
-        """What an axis is in the layers, and why its order cannot be chosen; "" where it can."""
-        roles, reason = [], ""
-        for plan, work in zip(plans, works, strict=True):
-            layer, dims = plan.layer, axes.dims[nodes[plan.layer.weight.name]]
-            for rows, place in ((True, layer.place_of_outs), (False, layer.layer.contracted)):
-                if axis not in atoms(dims[place]):
-                    continue
-                role = Role(work, rows)
-                roles.append(role)
-                if find(dims[place]) is not axis and role.matters:
-                    reason = f"it is part of a dimension of {layer.name}, and its blocks would be torn"
-                elif role.dealt and layer.taps > 1 and layer.channels % plan.grid.form.m:
-                    reason = f"{layer.name} has {layer.channels} channels, and groups of {plan.grid.form.m} cross taps"
-        return roles, reason
 
 
 def _reordered(axes: Axes, name: str, scores: Tensor, keep: Mapping[Axis, Tensor]) -> Tensor:

@@ -113,7 +113,7 @@ def surgeon(
                 end = min(j + form.m, ins)
                 group = Grid(grid.outs, 1, end - j, form)
                 kept[:, j:end] = group.elements(best_of_each(group.sums(worth(j, end)), form.n, form.m))
-            own = weight[..., j]
+            own = weight[..., j].clone()
             gone = own.masked_fill(kept[:, j].reshape(groups, -1), 0.0)
             errors[..., j] = gone / diagonal[:, None, j]
             weight[..., j:last] -= errors[..., j, None] * upper[:, j, None, j:last]

@@ -19,3 +19,14 @@ def test_the_seed_decides():
         assert bool((together[atom] >= 0).all())
         assert bool((together[atom] < 1).all())
     assert len({tuple(scores.tolist()[:3]) for scores in together.values()}) == len(free)
+
+
+def test_single_weights():
+    """Weights get values of their own, by their name, for what sparsifies."""
+    axes = residual()
+    found = {member.names: values for member, values in criteria.make("random").elements(axes, None)}
+    again = {member.names: values for member, values in criteria.make("random").elements(axes, None)}
+    assert all(torch.equal(values, again[names]) for names, values in found.items())
+    assert all(float(values.min()) >= 0 and float(values.max()) < 1 for values in found.values())
+    other = next(criteria.make("random", seed=1).elements(axes, None))
+    assert not torch.equal(other[1], found[other[0].names])
