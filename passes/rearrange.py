@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from graphopt.axes import Axis, atoms, find, index, owner
-from graphopt.passes.sparse_grid import Grid
+from graphopt.passes.sparse_grid import Grid, units_for
 
 # Rounds of an axis, at most, and the least gain of one for which another follows.
 ROUNDS = 12
@@ -56,12 +56,23 @@ class Work:
 
     def value(self) -> float:
         """The sum of the scores that stay."""
-        return float(self.grid.sums(self.scores)[self.kept()].double().sum())
+        return float(self._staying()[0].double().sum())
 
-    def price(self, sums: Tensor) -> float:
+    def price(self) -> float:
         """The least mean score of a unit that stays."""
-        kept = self.grid.pick(sums, self.target)
-        return float(self.grid.density(sums)[kept].min()) if kept.any() else 0.0
+        sums, sizes = self._staying()
+        return float((sums / sizes).min()) if len(sums) else 0.0
+
+    def _staying(self) -> tuple[Tensor, Tensor]:
+        """Scores and sizes of the units that stay, in any order."""
+        grid, sums = self.grid, self.grid.sums(self.scores)
+        unit = int(grid.sizes[0, 0])
+        if grid.form.m > 1 or self.by_row or unit * sums.numel() != grid.size:
+            kept = self.kept()
+            return sums[kept], grid.sizes[kept]
+        # Units of one size: the same without sorting them all.
+        best = sums.flatten().topk(units_for(self.target / grid.size, sums.numel()), sorted=False).values
+        return best, grid.sizes[:1, :1].flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +142,7 @@ class Role:
             elif form.m == 1:
                 sums = grid.sums(self.work.scores).reshape(items.shape[1], -1).T
                 sizes = grid.sizes.reshape(items.shape[1], -1).T
-        price = self.work.price(grid.sums(self.work.scores)) if masks is None and form.m == 1 else 0.0
+        price = self.work.price() if masks is None and form.m == 1 else 0.0
         total = torch.zeros(len(emptied), len(emptied), dtype=items.dtype)
         for spots in self.spots[:, emptied]:
             if masks is not None:

@@ -74,13 +74,16 @@ def ranked(layers: Sequence[Ranked], minimum: float) -> Shares:
     """
     densities = [layer.density.flatten() for layer in layers if layer.density is not None]
     assert len(densities) == len(layers), "a global ranking needs scores"
-    own = torch.cat([torch.full((len(density),), n) for n, density in enumerate(densities)])
     sizes = torch.cat([layer.grid.sizes.flatten() for layer in layers])
     order = torch.cat(densities).sort(descending=True, stable=True).indices
     cumulated = sizes[order].cumsum(0)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     # By layer: where its units are in the ranking, and how many elements it has up to there.
-    places = [(own[order] == n).nonzero().flatten() for n in range(len(layers))]
-    within = [torch.cat([sizes.new_zeros(1), sizes[order][at].cumsum(0)]) for at in places]
+    places, within = [], []
+    for own, each in zip(*(whole.split([len(d) for d in densities]) for whole in (rank, sizes)), strict=True):
+        at, units = own.sort()
+        places.append(at)
+        within.append(torch.cat([each.new_zeros(1), each[units].cumsum(0)]))
     whole = _sizes(layers)
     floor = int(whole.sum() * minimum)
 
