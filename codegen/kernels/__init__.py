@@ -19,6 +19,7 @@ TEMPLATES: dict[str, str] = {
     "layer_norm_columns": "LayerNormColumns",
     "transpose": "Transpose",
     "softmax": "Softmax",
+    "pool_planes": "PoolPlanes",
     "pool": "Pool",
     "sorting": "Sorting",
     "scan": "Scan",

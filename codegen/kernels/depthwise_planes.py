@@ -1,12 +1,13 @@
 """Depthwise convolution in NCHW: each channel with its own filter, pixels in the vector.
 
     Y[b, c, y, x] = epilogue(sum_{i, j} X[b, c, y*sy + i*dy - top, x*sx + j*dx - left] * W[c, i, j])
-    X  (B, C, H, W); a channel at a time is laid out as padded planes (`planes.py`) in the first-level cache
+    X  (B, C, H, W), read in place where strides allow (`taps.py`), else a channel at a time as padded planes
     W  (C, kh * kw)
-    limit: kh * kw multiply-adds and loads per vector of results
+    limit: kh * kw multiply-adds per vector of results
 
 It stands between sparse products (`spmm.py`), which want channels in front. A filter's weights stay in registers while
-its channel is computed.
+its channel is computed. Results of several rows are computed together, and what they read of the same row is loaded
+once: most loads cross a cache line, and would take longer than the arithmetic.
 Source: Elsen et al., "Fast Sparse ConvNets", CVPR 2020, arXiv:1911.09723.
 """
 
@@ -23,15 +24,13 @@ from tvm.tirx.script import builder as T
 from graphopt.codegen.dataflow import Array, Dataflow
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, load, loop, prim_func, spread, store
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
-from graphopt.codegen.kernels.planes import Planes, planes_of, window_of
-from graphopt.codegen.kernels.spmm_tile import rows_of_pixels
+from graphopt.codegen.kernels.planes import Planes, window_of
+from graphopt.codegen.kernels.taps import ROWS, TASKS, CopiedTaps, ImageTaps, Taps, each, readable
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
 
-TASKS = 16  # as many as there may be threads
-VECTORS = 4  # in flight at once
 # Larger filters would not fit the registers, nor their code the instruction cache.
 MAX_TAPS = 49
 
@@ -41,6 +40,7 @@ class Depthwise:
     """Everything that determines the kernel."""
 
     planes: Planes
+    copied: bool  # a channel is laid out as planes before it is computed
     lanes: int
     tasks: int
     epilogue: Epilogue
@@ -66,12 +66,12 @@ class DepthwisePlanes(Template):
         if taps > MAX_TAPS:
             return Decline(where, f"a filter of {taps} taps")
         lanes = min(target.isa.lanes(), 1 << (window.out[1].bit_length() - 1))
-        planes = planes_of(window, lanes)
+        planes = Planes(window, direct=False)
         after = absorb(flow, binding.var, 2)
         flops = 2 * taps * window.out[0] * window.out[1] * channels * window.batch
         parallel = target.threads and flops >= 2 * FLOPS_PER_TASK
         tasks = min(TASKS, window.batch * channels) if parallel else 1
-        conv = Depthwise(planes, lanes, tasks, after.epilogue)
+        conv = Depthwise(planes, not readable(window, lanes), lanes, tasks, after.epilogue)
         family = f"dw{window.kernel[0]}x{window.kernel[1]}s{window.strides[1]}"
         return KernelCall(
             name=f"f32_{family}{after.epilogue.name}_{lanes}__{target.isa.name}".replace("-", "_"),
@@ -81,7 +81,7 @@ class DepthwisePlanes(Template):
             covers=after.covers,
             inputs=(call.args[0], *after.inputs),
             constants=(np.ascontiguousarray(weight).reshape(-1), *after.constants),
-            scratch_bytes=() if planes.direct else (tasks * planes.channel * 4,),
+            scratch_bytes=() if not conv.copied else (tasks * planes.channel * 4,),
             parameters={"lanes": lanes},
         )
 
@@ -101,46 +101,75 @@ class DepthwisePlanes(Template):
 
 def build(conv: Depthwise) -> PrimFunc:
     """The kernel as TIR."""
-    planes, after, lanes = conv.planes, conv.epilogue, conv.lanes
+    planes, after = conv.planes, conv.epilogue
     g = planes.window
     count, taps, pixels = g.batch * g.channels, g.kernel[0] * g.kernel[1], g.out[0] * g.out[1]
     params = [("x", count * g.height * g.width, "float32"), *after.buffers(False)]
     params += [("w", g.channels * taps, "float32"), *after.buffers(True), ("y", count * pixels, "float32")]
-    if not planes.direct:
+    if conv.copied:
         params.append(("planes", conv.tasks * planes.channel, "float32"))
-    shifts = [planes.offset(i, j) for i in range(g.kernel[0]) for j in range(g.kernel[1])]
-    panels = rows_of_pixels(*g.out, planes.pitch, lanes, VECTORS)
 
     def body(*buffers: Buffer) -> None:
         named = {name: buffer for (name, _, _), buffer in zip(params, buffers, strict=True)}
-        x, w, y, extra = named["x"], named["w"], named["y"], after.bind(named)
-
-        def channel(c: Expr, source: Buffer, start: Expr) -> None:
-            filter_of = tirx.floormod(c, g.channels) * taps if g.batch > 1 else c * taps
-            weights = [T.Bind(spread(load(w, filter_of + t, 1, "float32"), lanes)) for t in range(taps)]
-            for group in panels:
-                with T.serial(0, group.count) as n:
-                    acc = Registers(len(group.places), lanes, "float32")
-                    at = T.Bind(start + n * group.source_step)
-                    for t in range(taps):
-                        for v, (place, _) in enumerate(group.places):
-                            acc[v] = acc[v] + weights[t] * load(source, at + place + shifts[t], lanes, "float32")
-                    for v, (_, place) in enumerate(group.places):
-                        pixel = n * group.target_step + place
-                        value = after.apply(acc[v], extra, c, pixel, lanes, "float32")
-                        store(y, c * pixels + pixel, value, lanes, "float32")
-
+        x, extra = named["x"], after.bind(named)
         with loop(conv.tasks, conv.tasks > 1) as task:
-            if not planes.direct:
+            if conv.copied:
                 own = T.Bind(task * planes.channel)
-                planes.emit_zeros(named["planes"], own, lanes)
+                planes.emit_fill(named["planes"], own, conv.lanes)
             first = T.Bind(tirx.floordiv(task * count, conv.tasks))
             with T.serial(0, tirx.floordiv((task + 1) * count, conv.tasks) - first) as n:
                 c = T.Bind(first + n)
-                if planes.direct:
-                    channel(c, x, c * (g.height * g.width))
+                start = T.Bind(c * (g.height * g.width))
+                writer = _Channel(conv, named, extra, c)
+                if conv.copied:
+                    planes.emit_copy(x, start, named["planes"], own, conv.lanes)
+                    writer.emit(CopiedTaps(planes, named["planes"], own, conv.lanes))
                 else:
-                    planes.emit_copy(x, c * (g.height * g.width), named["planes"], own, lanes)
-                    channel(c, named["planes"], own)
+                    writer.emit(ImageTaps(g, x, start, conv.lanes))
 
     return prim_func(params, body)
+
+
+@dataclass(frozen=True)
+class _Channel:
+    """Writes the work on one channel."""
+
+    conv: Depthwise
+    named: dict[str, Buffer]
+    extra: list[Buffer]
+    channel: Expr
+
+    def emit(self, source: Taps) -> None:
+        """All rows of results; what reads beyond the image is written out, what lies between is a loop."""
+        g, lanes = self.conv.planes.window, self.conv.lanes
+        count = g.kernel[0] * g.kernel[1]
+        start = tirx.floormod(self.channel, g.channels) * count if g.batch > 1 else self.channel * count
+        weights = [T.Bind(spread(load(self.named["w"], start + t, 1, "float32"), lanes)) for t in range(count)]
+        height, width = g.out
+        rows = min(ROWS, height)
+
+        def across(top: Expr) -> None:
+            each(
+                width,
+                lanes,
+                lambda left: source.inside(1, left, lanes),
+                lambda left: self.tile(source, weights, rows, top, left),
+            )
+
+        each(height, rows, lambda top: source.inside(0, top, rows), across)
+
+    def tile(self, source: Taps, weights: list[Expr], rows: int, top: Expr, left: Expr) -> None:
+        """Some rows of one vector of results; each vector of the image is loaded once."""
+        conv, g = self.conv, self.conv.planes.window
+        acc = Registers(rows, conv.lanes, "float32")
+        for line, users in source.lines(rows):
+            for j in range(g.kernel[1]):
+                value = source.load(top, line, left, j)
+                if value is not None:
+                    value = T.Bind(value)
+                    for r, i in users:
+                        acc[r] = acc[r] + weights[i * g.kernel[1] + j] * value
+        for r in range(rows):
+            pixel = (top + r) * g.out[1] + left
+            value = conv.epilogue.apply(acc[r], self.extra, self.channel, pixel, conv.lanes, "float32")
+            store(self.named["y"], self.channel * (g.out[0] * g.out[1]) + pixel, value, conv.lanes, "float32")

@@ -93,12 +93,12 @@ def loop(extent: int, parallel: bool = False) -> Any:
     return T.parallel(0, extent) if parallel and extent > 1 else T.serial(0, extent)
 
 
-def copy_run(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int, lanes: int) -> None:
-    """target[to : to + count] = source[start : start + count], or zeros where `source` is None. They do not overlap."""
+def copy_run(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int, lanes: int, fill: float = 0.0) -> None:
+    """target[to : to + count] = source[start : start + count], or `fill` where `source` is None. No overlap."""
 
     def move(offset: Expr, width: int) -> None:
         kind = str(target.dtype)
-        value = splat(0.0, width, kind) if source is None else load(source, start + offset, width, kind)
+        value = splat(fill, width, kind) if source is None else load(source, start + offset, width, kind)
         store(target, to + offset, value, width, kind)
 
     if count <= 0:

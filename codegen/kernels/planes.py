@@ -30,6 +30,7 @@ class Planes:
 
     window: Window
     direct: bool  # taps are shifts of the image as it is, and nothing is copied
+    fill: float = 0.0  # what lies around the image
 
     @cached_property
     def phases(self) -> tuple[tuple[int, int], ...]:
@@ -87,10 +88,10 @@ class Planes:
         (row, py), (column, px) = divmod(i * g.dilation[0], g.strides[0]), divmod(j * g.dilation[1], g.strides[1])
         return self.phases.index((py, px)) * self.plane + row * self.pitch + column
 
-    def emit_zeros(self, planes: Buffer, to: Expr, lanes: int) -> None:
-        """Clear the planes of one channel, where anything around the image is read."""
+    def emit_fill(self, planes: Buffer, to: Expr, lanes: int) -> None:
+        """Fill the planes of one channel, where anything around the image is read."""
         if any(self.window.padding):
-            copy_run(planes, to, None, 0, self.channel, lanes)
+            copy_run(planes, to, None, 0, self.channel, lanes, self.fill)
 
     def emit_copy(self, source: Buffer, start: Expr, planes: Buffer, to: Expr, lanes: int) -> None:
         """Copy one channel that begins at `start` into its planes at `to`; what is around the image stays."""
@@ -169,5 +170,5 @@ def emit_planes(planes: Planes, source: Buffer, scratch: Buffer, lanes: int, par
     """Copy all channels of all images."""
     g = planes.window
     with loop(g.batch * g.channels, parallel) as c:
-        planes.emit_zeros(scratch, c * planes.channel, lanes)
+        planes.emit_fill(scratch, c * planes.channel, lanes)
         planes.emit_copy(source, c * (g.height * g.width), scratch, c * planes.channel, lanes)
