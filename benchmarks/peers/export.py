@@ -7,12 +7,14 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import graphopt
 from benchmarks.peers.registry import HERE, PeerFailed
 from graphopt.bench import to_onnx
 from graphopt.program import Program
@@ -20,21 +22,20 @@ from graphopt.program import Program
 
 @dataclass
 class Case:
-    """A model with one set of weights.
-
-    `dense` is the same model with all its weights (None: this is it), `changed` what differs, by module name: before
-    and after.
-    """
+    """A model with one set of weights; `changed` has those with zeros."""
 
     label: str
     module: nn.Module
     inputs: dict[str, Tensor]
-    program: Program
-    changed: dict[str, tuple[np.ndarray, np.ndarray]]
+    changed: dict[str, np.ndarray]
     folder: Path
     peers: Path | None
-    dense: Case | None = None
     _files: dict[str, Path] = field(default_factory=dict)
+
+    @cached_property
+    def program(self) -> Program:
+        """The module, captured."""
+        return graphopt.capture(self.module, self.inputs, name=self.label.partition("-")[0])
 
     def file(self, reads: str) -> Path:
         """The model in the format `reads`, a key of WRITERS. Raises PeerFailed."""
@@ -103,25 +104,10 @@ def write_onnx_legacy(case: Case, path: Path) -> None:
         )
 
 
-def write_tflite_base(case: Case, path: Path) -> None:
-    """By litert-torch, with all weights."""
+def write_tflite(case: Case, path: Path) -> None:
+    """By litert-torch, zeros encoded."""
     _litert(case, "convert_litert.py", str(case.file("pt2")), str(path))
-
-
-def _write_tflite(form: str) -> Callable[[Case, Path], None]:
-    def write(case: Case, path: Path) -> None:
-        arrays = path.with_suffix(".npz")
-        pairs = case.changed.items()
-        np.savez(arrays, **{f"{name}/{when}": pair[i] for name, pair in pairs for i, when in enumerate(TIMES)})
-        base = (case.dense or case).file("tflite-base")
-        _litert(case, "sparse_tflite.py", str(base), str(arrays), str(path), form)
-        arrays.unlink()
-
-    write.__doc__ = f"The file with all weights, with those of this case put in, {form}."
-    return write
-
-
-TIMES = ("before", "after")
+    _litert(case, "sparse_tflite.py", str(path))
 
 
 def _litert(case: Case, script: str, *args: str) -> None:
@@ -138,7 +124,5 @@ WRITERS: dict[str, Callable[[Case, Path], None]] = {
     "pt2": write_pt2,
     "onnx": write_onnx,
     "onnx-legacy": write_onnx_legacy,
-    "tflite-base": write_tflite_base,
-    "tflite": _write_tflite("dense"),
-    "tflite-csr": _write_tflite("csr"),
+    "tflite": write_tflite,
 }

@@ -37,7 +37,7 @@ class Peer:
     environment: str  # a folder that setup.sh makes; empty: graphopt's own
     reads: str  # a key of export.WRITERS
     gains: bool = False  # whether it has kernels for zeros
-    reads_sparse: str = ""  # what it reads where there are zeros, if that is something else
+    wants_more: bool = False  # whether zeros of FAVOUR in sparse.models turn its kernels for zeros on
     node: tuple[str, ...] = ()  # flags for Node
     args: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()  # what graphopt's own environment must have
@@ -64,6 +64,7 @@ class Peer:
 
 
 RELAXED = ("--experimental-wasm-relaxed-simd",)
+XNNPACK: dict[str, Any] = {"gains": True, "wants_more": True}
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
@@ -73,9 +74,9 @@ PEERS: dict[str, Peer] = {
         Peer("deepsparse", "cpu", "run_deepsparse.py", "deepsparse", "onnx-legacy", gains=True),
         Peer("inductor", "cpu", "run_inductor.py", "", "pt2", default=False),
         Peer("onnxruntime-web", "wasm", "run_onnxruntime_web.mjs", "web", "onnx"),
-        Peer("litertjs", "wasm", "run_litertjs.mjs", "web", "tflite", True, "tflite-csr", (), ("compat",)),
+        Peer("litertjs", "wasm", "run_litertjs.mjs", "web", "tflite", args=("compat",), **XNNPACK),
         Peer(
-            "litertjs-relaxed", "wasm", "run_litertjs.mjs", "web", "tflite", True, "tflite-csr", RELAXED, ("relaxed",)
+            "litertjs-relaxed", "wasm", "run_litertjs.mjs", "web", "tflite", node=RELAXED, args=("relaxed",), **XNNPACK
         ),
     )
 }
@@ -106,11 +107,6 @@ class Worker:
         if "error" in reply:
             raise PeerFailed(reply["error"].splitlines()[0])
         return dict(reply)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs still."""
-        return self._process.poll() is None
 
     def close(self) -> None:
         """End it."""

@@ -1,12 +1,9 @@
-"""Other weights for a tflite file: `sparse_tflite.py IN.tflite WEIGHTS.npz OUT.tflite dense|csr`.
+"""Encode the zeros of a tflite file: `sparse_tflite.py FILE.tflite`, in place, in LiteRT's environment.
 
-WEIGHTS.npz holds pairs NAME/before and NAME/after. The tensors of IN are told by their values: each row is a multiple
-of that of `before` (a batch norm is folded into it); the same multiple of `after` takes its place. Every pair must be
-found.
-With `csr`, weights of 1x1 convolutions become CSR tensors with a DENSIFY operator, the form for which XNNPACK's
-delegate turns sparse inference on, where all of the network is CHW-compatible; no converter writes it. For that, the
-TRANSPOSE and MEAN that litert-torch writes at the end becomes a MEAN of NHWC, which is what XNNPACK looks for.
-It runs in LiteRT's environment.
+Weights of 1x1 convolutions with zeros become CSR tensors with a DENSIFY operator: the form for which XNNPACK's delegate
+turns sparse inference on, where all of the network is CHW-compatible and two thirds of its weights are zero; zeros in
+ordinary tensors are not looked for, and no converter writes this. The TRANSPOSE and MEAN that litert-torch writes at
+the end becomes a MEAN of NHWC, which is what XNNPACK looks for.
 """
 
 import sys
@@ -16,6 +13,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 OPS = schema.BuiltinOperator
+MOST_KEPT = 0.9  # a weight with fewer zeros is dense
 
 
 def code_of(model, operator):
@@ -49,26 +47,6 @@ def mean_of_nhwc(model, graph):
         graph.operators = [o for o in graph.operators if o is not before]
 
 
-def factors(rows, before):
-    """What each row of `before` is multiplied by to give `rows`; None where one is no multiple."""
-    at = np.abs(before).argmax(1)
-    places = np.arange(len(before))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = rows[places, at] / before[places, at]
-    good = np.isfinite(scale).all() and np.allclose(rows, before * scale[:, None], rtol=1e-3, atol=1e-6)
-    return scale if good else None
-
-
-def replaced(rows, pairs):
-    """The name and the new rows of the pair that `rows` belong to, or None."""
-    for name, (before, after) in pairs.items():
-        if before.shape == rows.shape and factors(rows[:1], before[:1]) is not None:
-            scale = factors(rows, before)
-            if scale is not None:
-                return name, (after * scale[:, None]).astype(np.float32)
-    return None
-
-
 def encode(model, graph, operator, weight, rows):
     """Make `weight`, that of a 1x1 convolution, a CSR tensor that a DENSIFY operator expands; that operator."""
     kept = rows != 0
@@ -98,44 +76,33 @@ def encode(model, graph, operator, weight, rows):
     return densify
 
 
-def main(source, weights, out, form):
-    with open(source, "rb") as file:
+def main(path):
+    with open(path, "rb") as file:
         model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(bytearray(file.read()), 0))
     graph = model.subgraphs[0]
-    arrays = np.load(weights)
-    matrices = {key: np.moveaxis(arrays[key], 1, -1).reshape(len(arrays[key]), -1) for key in arrays.files}
-    names = sorted({key.rsplit("/", 1)[0] for key in matrices})
-    pairs = {name: (matrices[f"{name}/before"], matrices[f"{name}/after"]) for name in names}
     mean_of_nhwc(model, graph)
-    if form == "csr":
-        entry = schema.OperatorCodeT()
-        entry.builtinCode = entry.deprecatedBuiltinCode = OPS.DENSIFY
-        entry.version = 1
-        model.operatorCodes.append(entry)
+    entry = schema.OperatorCodeT()
+    entry.builtinCode = entry.deprecatedBuiltinCode = OPS.DENSIFY
+    entry.version = 1
+    model.operatorCodes.append(entry)
     densify = []
     for operator in graph.operators:
-        if code_of(model, operator) not in (OPS.CONV_2D, OPS.FULLY_CONNECTED, OPS.BATCH_MATMUL):
+        if code_of(model, operator) != OPS.CONV_2D:
             continue
         weight = graph.tensors[operator.inputs[1]]
         data = model.buffers[weight.buffer].data
-        if data is None or weight.type != schema.TensorType.FLOAT32:
+        if data is None or weight.type != schema.TensorType.FLOAT32 or tuple(weight.shape[1:3]) != (1, 1):
             continue
-        found = replaced(np.frombuffer(bytes(data), np.float32).reshape(weight.shape[0], -1), pairs)
-        if found is None:
-            continue
-        name, rows = found
-        del pairs[name]
-        if form == "csr" and len(weight.shape) == 4 and tuple(weight.shape[1:3]) == (1, 1):
+        rows = np.frombuffer(bytes(data), np.float32).reshape(weight.shape[0], -1)
+        if np.count_nonzero(rows) <= MOST_KEPT * rows.size:
             densify.append(encode(model, graph, operator, weight, rows))
-        else:
-            weight.buffer = buffer(model, rows)
-    if pairs:
-        sys.exit(f"not found in {source}: {', '.join(pairs)}")
     graph.operators = densify + graph.operators
+    if not densify:
+        model.operatorCodes.pop()
     builder = flatbuffers.Builder(1 << 20)
     builder.Finish(model.Pack(builder), b"TFL3")
-    with open(out, "wb") as file:
+    with open(path, "wb") as file:
         file.write(builder.Output())
 
 
-main(*sys.argv[1:])
+main(sys.argv[1])

@@ -37,15 +37,13 @@ from graphopt.sparsity import parse_format
 
 
 def cases(formats: list[str], zeros: list[int]) -> list[tuple[str, int]]:
-    """Formats with shares of zeros, the dense one first. N:M formats say their share themselves."""
+    """Formats with shares of zeros, fewest first. N:M formats say their share themselves."""
     found = [("dense", 0)] if 0 in zeros else []
     for text in formats:
         form = parse_format(text)
-        if form.m > 1:
-            found.append((text, round(100 * (1 - form.n / form.m))))
-        else:
-            found += [(text, percent) for percent in zeros if percent]
-    return found
+        own = [round(100 * (1 - form.n / form.m))]
+        found += [(text, percent) for percent in (own if form.m > 1 else zeros) if percent]
+    return sorted(found, key=lambda case: case[1])
 
 
 def machine() -> dict[str, str]:

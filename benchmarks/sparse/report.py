@@ -23,21 +23,21 @@ def fastest_dense_peer(row: Row) -> Row | None:
 
 def ratios(row: Row) -> dict[str, float]:
     """Of graphopt on the row's weights: how many times faster than its dense self, the fastest dense peer, and the
-    peers that run the same weights sparse."""
-    weights = "sparse" if row["zeros"] else "dense"
+    peers that run zeros, the same ones or unstructured ones."""
+    weights = row["format"]
     times = {(one["engine"], one["weights"]): one["min_ms"] for one in row["engines"]}
     found = {}
     for engine in dict.fromkeys(one["engine"] for one in row["engines"] if is_own(one["engine"])):
         own = times.get((engine, weights))
         if own is None:
             continue
-        if weights == "sparse" and (engine, "dense") in times:
+        if weights != "dense" and (engine, "dense") in times:
             found[f"{engine} / its own dense"] = times[engine, "dense"] / own
         if (peer := fastest_dense_peer(row)) is not None:
             found[f"{engine} / {peer['engine']} dense"] = peer["min_ms"] / own
         for (name, which), time in times.items():
-            if which == "sparse" and not is_own(name):
-                found[f"{engine} / {name} same weights"] = time / own
+            if which != "dense" and not is_own(name):
+                found[f"{engine} / {name} {which}"] = time / own
     return found
 
 
@@ -139,12 +139,12 @@ def plot(rows: list[Row], file: Path) -> None:
 def _points(row: Row) -> list[tuple[str, float, float]]:
     """What a row adds to its panel: line, zeros, speed-up. Of the peers, those with kernels for zeros: unstructured."""
     peer = fastest_dense_peer(row)
-    base = peer["min_ms"] if peer else max(one["min_ms"] for one in row["engines"])
+    base = peer["min_ms"] if peer else max((one["min_ms"] for one in row["engines"]), default=0.0)
     points = []
     for one in row["engines"]:
         gain = base / one["min_ms"]
-        if is_own(one["engine"]) and one["weights"] == "sparse":
+        if is_own(one["engine"]) and one["weights"] == row["format"]:
             points.append((f"{one['engine']} {row['format']}", row["zeros"], gain))
-        elif not is_own(one["engine"]) and one["weights"] == "sparse" and row["format"] == "unstructured":
+        elif not is_own(one["engine"]) and one["weights"] == row["format"] == "unstructured":
             points.append((one["engine"], row["zeros"], gain))
     return points

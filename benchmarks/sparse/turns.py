@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from benchmarks.peers.registry import PeerFailed
 from graphopt.bundle import Bundle
+from graphopt.errors import GraphoptError
 
 # Runs per turn: as many as take about this long, within bounds.
 TURN_S = 0.04
@@ -20,10 +22,21 @@ class Contestant:
     """An engine with a model in it. `turn(n)` gives the seconds of n runs, after one that is not counted."""
 
     engine: str
-    weights: str  # "dense", or the label of the case whose weights it has
+    weights: str  # "dense" or the format of its zeros
     turn: Callable[[int], Sequence[float]]
     difference: float = 0.0  # of its outputs to PyTorch's, as a share of the largest value
     samples: list[float] = field(default_factory=list)
+    failure: str = ""  # why it runs no more
+
+    def run(self, runs: int) -> Sequence[float]:
+        """A turn; nothing from one that has failed."""
+        if self.failure:
+            return ()
+        try:
+            return self.turn(runs)
+        except (PeerFailed, GraphoptError) as error:
+            self.failure = str(error).splitlines()[0]
+            return ()
 
     def to_json(self) -> dict[str, Any]:
         """Times in milliseconds."""
@@ -52,12 +65,12 @@ def in_turns(contestants: Sequence[Contestant], seconds: float, rounds: int = 4)
     """Fill the samples of all: for `seconds` a contestant, at least `rounds` rounds. The samples before are dropped."""
     runs = []
     for one in contestants:
-        once = min(one.turn(2))
+        once = min(one.run(2), default=TURN_S)
         runs.append(min(MOST, max(LEAST, round(TURN_S / once))))
         one.samples = []
     end = time.perf_counter() + seconds * len(contestants)
     done = 0
     while done < rounds or time.perf_counter() < end:
         for one, count in zip(contestants, runs, strict=True):
-            one.samples += one.turn(count)
+            one.samples += one.run(count)
         done += 1
