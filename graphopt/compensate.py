@@ -20,7 +20,7 @@ from graphopt.edit import Edit
 from graphopt.errors import Decline
 from graphopt.exported import user_output_places
 from graphopt.hold_out import Split
-from graphopt.least_squares import Moments
+from graphopt.least_squares import Moments, supports_of, work_of
 from graphopt.program import Program
 from graphopt.record import Record
 from graphopt.refit import BATCH_NORMS, Layer, layer_of
@@ -31,6 +31,8 @@ from graphopt.side_by_side import Batch, Side, dense_side, edited_side, peak_byt
 RIDGES = (1e-9, 1e-4, 1e-2, 1e-1, 1.0, math.inf)
 # More inputs than this are not solved for: the sums of products alone would take 300 MB.
 MOST_INPUTS = 6144
+# Nor are sparse rows, each with equations of its own, where that takes more multiply-adds: some ten seconds.
+MOST_WORK = 4e11
 # Values of all batches that are alive at once; with more, fewer batches are used.
 MEMORY_BYTES = 1 << 30
 # Rows that a layer is fitted to, at most, are so many, or four for each input.
@@ -74,7 +76,7 @@ def compensate(
     edit = Edit(after)
     compensate_in(edit, axes, keep, read_calibration(calibration, after), merge=merge)
     cost = summary(after)
-    size = {"flops": cost.total.flops, "params": cost.total.params, "bytes": cost.stored_bytes}
+    size: dict[str, Any] = {"flops": cost.total.flops, "params": cost.total.params, "bytes": cost.stored_bytes}
     record = Record(
         name="compensate",
         changed=dict(edit.changed),
@@ -86,12 +88,21 @@ def compensate(
 
 
 def compensate_in(
-    edit: Edit, axes: Axes, keep: Mapping[Key, Indices], batches: Sequence[Batch], *, merge: Collection[Axis | str] = ()
+    edit: Edit,
+    axes: Axes,
+    keep: Mapping[Key, Indices],
+    batches: Sequence[Batch],
+    *,
+    merge: Collection[Axis | str] = (),
+    masks: Mapping[Node, Tensor] | None = None,
 ) -> None:
-    """As `compensate`, in an edit of a program that was shrunk; what was done goes into its record."""
+    """As `compensate`, in an edit of a program that was shrunk; what was done goes into its record.
+
+    `masks` has weights in which zeros were set, by their placeholders: what is False stays zero.
+    """
     merged = frozenset(find(axes[key]) if isinstance(key, str) else find(key) for key in merge)
     with torch.inference_mode(False), torch.no_grad():
-        _Compensation(edit, axes, checked(axes, keep), merged, batches).run()
+        _Compensation(edit, axes, checked(axes, keep), merged, batches, masks or {}).run()
 
 
 class _Compensation:
@@ -102,8 +113,9 @@ class _Compensation:
         keep: Mapping[Axis, Tensor | Choice],
         merged: frozenset[Axis],
         batches: Sequence[Batch],
+        masks: Mapping[Node, Tensor],
     ) -> None:
-        self.edit, self.axes, self.keep, self.merged = edit, axes, keep, merged
+        self.edit, self.axes, self.keep, self.merged, self.masks = edit, axes, keep, merged, masks
         fit = max(1, MEMORY_BYTES // max(1, peak_bytes(axes.program.graph) + peak_bytes(edit.graph)))
         if fit < len(batches):
             reason = f"compensation takes {fit} of {len(batches)} batches: more do not fit into memory"
@@ -172,10 +184,15 @@ class _Compensation:
         if before <= _ROUNDING * size or not fit.count:
             return
         best, chosen = before, None
+        mask = self.masks.get(layer.weight)
+        supports = None if mask is None else supports_of(layer.matrices(mask))
+        if supports is not None and work_of(supports) > MOST_WORK:
+            self.edit.decline(layer.node, "only its bias is fitted anew: so many rows of so many weights take too long")
+            full = False
         for ridge in RIDGES if full else (math.inf,):
             if math.isinf(ridge) and layer.bias is None:
                 continue
-            solved = fit.solve(ridge, shift=layer.bias is not None)
+            solved = fit.solve(ridge, shift=layer.bias is not None, supports=supports)
             error = held.error(*solved) if solved is not None else math.inf
             if solved is not None and error < best:
                 best, chosen = error, (ridge, *solved)

@@ -81,6 +81,10 @@ class Layer:
         flat = (out.movedim(1, -1) if self.kernel else out).reshape(-1, self.groups * self.shape[1])
         return flat[rows].reshape(len(rows), self.groups, self.shape[1]).transpose(0, 1)
 
+    def matrices(self, weight: Tensor) -> Tensor:
+        """Something of the weight's shape as (groups, outs, ins)."""
+        return (weight.T if self.flipped else weight).reshape(self.shape)
+
     def add(self, edit: Edit, correction: Tensor, shift: Tensor) -> None:
         """Add (groups, outs, ins) to the weight and (groups, outs) to the bias."""
         weight = edit.tensor(self.weight)

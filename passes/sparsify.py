@@ -12,6 +12,7 @@ from torch import Tensor
 from graphopt.axes import Axes, Axis, atoms, index, infer, touched
 from graphopt.budget import Budget, Floats
 from graphopt.calibration import Calibration, calibration
+from graphopt.compensate import compensate_in
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, BudgetUnreachable, Decline
 from graphopt.exported import op_name
@@ -69,6 +70,8 @@ class Sparsify(Pass):
         and a stem of up to 4 channels.
     exclude: patterns of layers that stay dense.
     calibration: data for criteria that measure; the example inputs where there is none.
+    compensate: fit the weights that stay, and batch norms, anew on the calibration data (see `graphopt.compensate`);
+        where such is given, if it is not said.
     """
 
     lossless: ClassVar[bool] = False
@@ -83,6 +86,7 @@ class Sparsify(Pass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     calibration: Any = None
+    compensate: bool | None = None
 
     # What subclasses may change ---------------------------------------------------------------------------------------
 
@@ -112,13 +116,18 @@ class Sparsify(Pass):
         if self.by_scores or self.rearrange or (self.allocation == "global" and form.m == 1):
             scores = self._scores(axes, layers)
         plans = self._plans(edit, layers, grids, scores)
+        orders: dict[Any, Tensor] = {}
         needed = self.rearrange and not all(plan.is_whole for plan in plans)
-        if needed and (keep := self._orders(edit, axes, plans, scores)):
-            shrink_in(edit, axes, keep)
-            scores = {name: _reordered(axes, name, own, keep) for name, own in scores.items()}
+        if needed and (orders := self._orders(edit, axes, plans, scores)):
+            shrink_in(edit, axes, orders)
+            scores = {name: _reordered(axes, name, own, orders) for name, own in scores.items()}
             plans = self._plans(edit, layers, grids, scores)
         with torch.inference_mode(False), torch.no_grad():
             self.prune(edit, plans, scores)
+        if self.calibration is not None if self.compensate is None else self.compensate:
+            data = self.read_calibration(edit)
+            if self.compensate or not data.is_example:
+                self._compensate(edit, axes, plans, orders, data)
 
     def checked(self) -> Format:
         """The format. Raises BadOption where options contradict each other."""
@@ -176,6 +185,17 @@ class Sparsify(Pass):
     def read_calibration(self, edit: Edit) -> Calibration:
         """The calibration data, fitted to the program."""
         return calibration(self.calibration, edit.program)
+
+    def _compensate(
+        self, edit: Edit, axes: Axes, plans: Sequence[Plan], orders: Mapping[Any, Tensor], data: Calibration
+    ) -> None:
+        masks = {}
+        for plan in plans:
+            weight = edit.tensor(plan.layer.weight)
+            if weight is not None and not plan.is_whole:
+                masks[plan.layer.weight] = weight != 0
+        if masks:
+            compensate_in(edit, axes, orders, data, masks=masks)
 
     # How much ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import pytest
@@ -15,7 +16,7 @@ from graphopt.calibration import calibration
 from graphopt.capture import capture
 from graphopt.compensate import RIDGES, batch_statistics, compensate
 from graphopt.hold_out import Split
-from graphopt.least_squares import Moments
+from graphopt.least_squares import Moments, supports_of, work_of
 from graphopt.passes import PREPARE
 from graphopt.passes.base import run_passes
 from graphopt.passes.prune import Prune
@@ -350,3 +351,26 @@ def test_parts_share_no_row(batches: int) -> None:
         drawn += len(some[0])
     assert 0.1 < held / (held + fitted) < 0.3
     assert drawn <= 40 + batches
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_zeros_stay_zero(shift):
+    """With supports each row is the least-squares fit on its own columns, and zero elsewhere."""
+    torch.manual_seed(0)
+    x, e = torch.randn(2, 60, 7, dtype=torch.float64), torch.randn(2, 60, 5, dtype=torch.float64)
+    kept = torch.rand(2, 5, 7) < 0.4
+    kept[0, 1] = kept[0, 0]  # rows of one support
+    kept[1, 3] = False
+    moments = Moments(2, 7, 5)
+    moments.add(x, e)
+    correction, moved = moments.solve(0.0, shift=shift, supports=supports_of(kept))
+    assert bool((correction[~kept] == 0).all())
+    for group, row in itertools.product(range(2), range(5)):
+        columns = kept[group, row]
+        inputs = x[group][:, columns]
+        if shift:
+            inputs = torch.cat([inputs, torch.ones(60, 1)], 1)
+        best = torch.linalg.lstsq(inputs, e[group, :, row : row + 1]).solution[:, 0]
+        found = correction[group, row, columns]
+        torch.testing.assert_close(torch.cat([found, moved[group, row : row + 1]]) if shift else found, best)
+    assert work_of(supports_of(kept)) <= 10 * 7**3 / 3

@@ -270,6 +270,34 @@ def test_half_precision():
         assert int(torch.count_nonzero(weights(after)["a.weight"])) <= 72
 
 
+@pytest.mark.parametrize("name", SPARSIFYING)
+@pytest.mark.parametrize("model", ["cnn", "linear"])
+def test_compensation_keeps_zeros_and_brings_outputs_nearer(name, model):
+    """With calibration data what stays is fitted anew: the outputs come nearer on other data, formats stay."""
+    before = convnet() if model == "cnn" else mlp(tokens=200)
+    (x,) = before.example_inputs.values()
+    torch.manual_seed(5)
+    data = [{before.inputs[0].name: torch.randn_like(x)} for _ in range(8)]
+    options = {"calibration": data} if name == "sparsify-nm" else {"keep": 0.3, "calibration": data}
+    plain, fitted = (make(name, compensate=compensate, **options)(before) for compensate in (False, None))
+    wanted = before(x)
+    assert (fitted(x) - wanted).square().sum() < 0.9 * (plain(x) - wanted).square().sum()
+    assert fitted.records[-1].changed["weight fitted"] > 0
+    assert {key: str(item.word) for key, item in fitted.annotations.items()} == {
+        key: str(item.word) for key, item in plain.annotations.items()
+    }
+    if name != "sparsify-sparsegpt":  # which sees batches in the same order, but chooses by what it has updated
+        zeros = {key: tensor == 0 for key, tensor in weights(plain).items()}
+        assert all(torch.equal(zeros[key], tensor == 0) for key, tensor in weights(fitted).items() if tensor.dim() > 1)
+
+
+def test_compensation_without_data_is_an_option():
+    """The example inputs serve where it is asked for; without data and unasked nothing is fitted."""
+    before = mlp(tokens=200)
+    assert "weight fitted" not in make("sparsify-magnitude", keep=0.3)(before).records[-1].changed
+    assert "weight fitted" in make("sparsify-magnitude", keep=0.3, compensate=True)(before).records[-1].changed
+
+
 def test_unused_inputs_are_counted():
     """The record says how many input channels no output reads any more."""
     row = details(make("sparsify-magnitude", keep=0.5)(given([5.0, 0.1], [4.0, 0.2])))["a"]

@@ -27,7 +27,7 @@ def test_the_picture():
     a = nn.Linear(4, 1, bias=False)
     a.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     before = program_of(lambda s, x: s.a(x), x, a=a)
-    after = SparsifyWanda(keep=0.5, calibration=data)(before)
+    after = SparsifyWanda(keep=0.5, compensate=False, calibration=data)(before)
     assert weights(after)["a.weight"].tolist() == [[1, 0, 0, 4]]
 
 
@@ -35,7 +35,7 @@ def test_the_picture():
 def test_equal_norms_are_magnitude(options):
     """Where all inputs have one norm, each row keeps its largest weights."""
     before, data = layer_on(torch.eye(16) * 3)
-    after = matrices(SparsifyWanda(calibration=data, **options)(before))["a.weight"]
+    after = matrices(SparsifyWanda(compensate=False, calibration=data, **options)(before))["a.weight"]
     if options.get("format") == "2:4":
         assert np.array_equal(after, matrices(SparsifyMagnitude(**options)(before))["a.weight"])
         return
@@ -54,8 +54,10 @@ def test_scales_of_inputs_do_not_count():
     a = nn.Linear(16, 12, bias=False)
     a.weight.data = weights(before)["a.weight"] / scale
     other = program_of(lambda s, x: s.a(x), x * scale, a=a)
-    one = matrices(SparsifyWanda(keep=0.4, calibration=data)(before))["a.weight"]
-    two = matrices(SparsifyWanda(keep=0.4, calibration=[{other.inputs[0].name: x * scale}])(other))["a.weight"]
+    one = matrices(SparsifyWanda(keep=0.4, compensate=False, calibration=data)(before))["a.weight"]
+    two = matrices(SparsifyWanda(keep=0.4, compensate=False, calibration=[{other.inputs[0].name: x * scale}])(other))[
+        "a.weight"
+    ]
     assert np.array_equal(one != 0, two != 0)
 
 
@@ -63,7 +65,7 @@ def test_scales_of_inputs_do_not_count():
 def test_all_rows_alike(keep):
     """Every row keeps in - int(in (1 - keep)) weights."""
     before, data = layer_on(torch.randn(40, 30))
-    after = matrices(SparsifyWanda(keep=keep, calibration=data)(before))["a.weight"]
+    after = matrices(SparsifyWanda(keep=keep, compensate=False, calibration=data)(before))["a.weight"]
     assert (np.count_nonzero(after, axis=1) == 30 - int(30 * (1 - keep) + 1e-6)).all()
 
 
@@ -72,7 +74,7 @@ def test_outliers_protect_their_weights():
     x = torch.randn(40, 16)
     x[:, 5] *= 1000
     before, data = layer_on(x)
-    assert (matrices(SparsifyWanda(keep=0.25, calibration=data)(before))["a.weight"][:, 5] != 0).all()
+    assert (matrices(SparsifyWanda(keep=0.25, compensate=False, calibration=data)(before))["a.weight"][:, 5] != 0).all()
     assert not (matrices(SparsifyMagnitude(keep=0.25)(before))["a.weight"][:, 5] != 0).all()
 
 
@@ -85,7 +87,7 @@ def test_less_is_lost_than_by_magnitude():
         before, data = layer_on(x, seed=seed)
         wanted = before(x)
         for name, kind in (("wanda", SparsifyWanda), ("magnitude", SparsifyMagnitude)):
-            after = kind(keep=0.5, allocation="uniform", calibration=data)(before)
+            after = kind(keep=0.5, allocation="uniform", compensate=False, calibration=data)(before)
             lost[name] += float((after(x) - wanted).square().sum() / wanted.square().sum())
     assert lost["wanda"] < 0.8 * lost["magnitude"]
 
@@ -100,7 +102,7 @@ def test_inputs_are_those_of_the_sparse_network():
     before = program_of(lambda s, x: s.b(s.a(x)), x, a=a, b=b)
     data = [{before.inputs[0].name: x}]
     # One of four weights a row stays, so that row 2 of a loses its small ones, and row 3 keeps its only one.
-    after = weights(SparsifyWanda(keep=0.25, calibration=data)(before))
+    after = weights(SparsifyWanda(keep=0.25, compensate=False, calibration=data)(before))
     assert after["a.weight"].tolist() == (a.weight.data * (a.weight.data.abs() > 0.05) * (x > 0)).tolist()
     assert after["b.weight"].tolist() == [[0, 0, 0, 900], [0, 0, 0, 900]]
 
@@ -108,5 +110,5 @@ def test_inputs_are_those_of_the_sparse_network():
 def test_inputs_that_are_always_zero():
     """Norms of zero (an expert that saw nothing) leave the shares as they are."""
     before, data = layer_on(torch.zeros(8, 16))
-    after = matrices(SparsifyWanda(keep=0.5, calibration=data)(before))["a.weight"]
+    after = matrices(SparsifyWanda(keep=0.5, compensate=False, calibration=data)(before))["a.weight"]
     assert np.count_nonzero(after) == 12 * 8
