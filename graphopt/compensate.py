@@ -20,7 +20,7 @@ from graphopt.edit import Edit
 from graphopt.errors import Decline
 from graphopt.exported import user_output_places
 from graphopt.hold_out import Split
-from graphopt.least_squares import Moments, supports_of, work_of
+from graphopt.least_squares import Moments, Supports, supports_of, work_of
 from graphopt.program import Program
 from graphopt.record import Record
 from graphopt.refit import BATCH_NORMS, Layer, layer_of
@@ -55,7 +55,7 @@ def compensate(
       |W' x' + b' - y|^2 + lam |W' - W|^2 least: x' is what they read now, y what they gave in the dense program, of the
       items that stay, W their sliced weight. Where the result is added to a residual, y is what makes the sum right.
       The bias moves where there is one, or a batch norm behind. The strength lam is that of RIDGES that does best on
-      rows that are held out, a quarter of the data; at its last only the bias moves.
+      rows that are held out, a quarter of the data; at its last only the bias moves. Zeros of annotated weights stay.
     * Batch norms behind the cut get the statistics of what they meet now.
 
     Each is done only if it brings the result nearer to the dense one on the held-out rows, and all is taken back if the
@@ -94,15 +94,11 @@ def compensate_in(
     batches: Sequence[Batch],
     *,
     merge: Collection[Axis | str] = (),
-    masks: Mapping[Node, Tensor] | None = None,
 ) -> None:
-    """As `compensate`, in an edit of a program that was shrunk; what was done goes into its record.
-
-    `masks` has weights in which zeros were set, by their placeholders: what is False stays zero.
-    """
+    """As `compensate`, in an edit of a program that was shrunk or made sparse; what was done goes into its record."""
     merged = frozenset(find(axes[key]) if isinstance(key, str) else find(key) for key in merge)
     with torch.inference_mode(False), torch.no_grad():
-        _Compensation(edit, axes, checked(axes, keep), merged, batches, masks or {}).run()
+        _Compensation(edit, axes, checked(axes, keep), merged, batches).run()
 
 
 class _Compensation:
@@ -113,9 +109,8 @@ class _Compensation:
         keep: Mapping[Axis, Tensor | Choice],
         merged: frozenset[Axis],
         batches: Sequence[Batch],
-        masks: Mapping[Node, Tensor],
     ) -> None:
-        self.edit, self.axes, self.keep, self.merged, self.masks = edit, axes, keep, merged, masks
+        self.edit, self.axes, self.keep, self.merged = edit, axes, keep, merged
         fit = max(1, MEMORY_BYTES // max(1, peak_bytes(axes.program.graph) + peak_bytes(edit.graph)))
         if fit < len(batches):
             reason = f"compensation takes {fit} of {len(batches)} batches: more do not fit into memory"
@@ -184,8 +179,7 @@ class _Compensation:
         if before <= _ROUNDING * size or not fit.count:
             return
         best, chosen = before, None
-        mask = self.masks.get(layer.weight)
-        supports = None if mask is None else supports_of(layer.matrices(mask))
+        supports = self._supports(layer)
         if supports is not None and work_of(supports) > MOST_WORK:
             self.edit.decline(layer.node, "only its bias is fitted anew: so many rows of so many weights take too long")
             full = False
@@ -207,6 +201,14 @@ class _Compensation:
         self.small.run(layer.node)
         what = "bias" if math.isinf(ridge) else "weight"
         self.rows.append(_row(self.axes.name_of(layer.weight), what, before, best, size))
+
+    def _supports(self, layer: Layer) -> Supports | None:
+        """Where a sparse weight has values; None for one that is not annotated."""
+        name = self.edit.target(layer.weight)
+        old = self.edit.program.annotations.get(name)
+        form = self.edit.formats.get(name, None if old is None else old.format)
+        weight = self.edit.tensor(layer.weight)
+        return supports_of(layer.matrices(weight != 0)) if form is not None and weight is not None else None
 
     def _is_consumer(self, twin: Node, node: Node) -> bool:
         """Whether a call sums over a shrunk axis with a stored weight."""

@@ -124,10 +124,10 @@ class Sparsify(Pass):
             plans = self._plans(edit, layers, grids, scores)
         with torch.inference_mode(False), torch.no_grad():
             self.prune(edit, plans, scores)
-        if self.calibration is not None if self.compensate is None else self.compensate:
+        if edit.formats and (self.calibration is not None if self.compensate is None else self.compensate):
             data = self.read_calibration(edit)
             if self.compensate or not data.is_example:
-                self._compensate(edit, axes, plans, orders, data)
+                compensate_in(edit, axes, orders, data)
 
     def checked(self) -> Format:
         """The format. Raises BadOption where options contradict each other."""
@@ -185,17 +185,6 @@ class Sparsify(Pass):
     def read_calibration(self, edit: Edit) -> Calibration:
         """The calibration data, fitted to the program."""
         return calibration(self.calibration, edit.program)
-
-    def _compensate(
-        self, edit: Edit, axes: Axes, plans: Sequence[Plan], orders: Mapping[Any, Tensor], data: Calibration
-    ) -> None:
-        masks = {}
-        for plan in plans:
-            weight = edit.tensor(plan.layer.weight)
-            if weight is not None and not plan.is_whole:
-                masks[plan.layer.weight] = weight != 0
-        if masks:
-            compensate_in(edit, axes, orders, data, masks=masks)
 
     # How much ---------------------------------------------------------------------------------------------------------
 

@@ -291,6 +291,19 @@ def test_compensation_keeps_zeros_and_brings_outputs_nearer(name, model):
         assert all(torch.equal(zeros[key], tensor == 0) for key, tensor in weights(fitted).items() if tensor.dim() > 1)
 
 
+def test_a_cut_behind_leaves_zeros():
+    """Channels that go after weights were set to zero: compensation of the cut keeps the zeros and the format."""
+    before = mlp(tokens=200, hidden=64)
+    data = [{before.inputs[0].name: torch.randn(200, 24)} for _ in range(4)]
+    sparse = make("sparsify-magnitude", keep=0.3)(before)
+    after = make("prune-neurons", keep=0.5, calibration=data)(sparse)
+    assert after.records[-1].changed["weight fitted"] > 0
+    assert {name: item.word for name, item in after.annotations.items()} == dict.fromkeys(
+        ("a.weight", "b.weight"), "unstructured"
+    )
+    assert sum(nonzeros(after).values()) < 0.5 * 32 * (24 + 20)
+
+
 def test_compensation_without_data_is_an_option():
     """The example inputs serve where it is asked for; without data and unasked nothing is fitted."""
     before = mlp(tokens=200)
