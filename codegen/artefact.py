@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from graphopt.codegen.sparse_weights import SparseWeight
 from graphopt.errors import Decline
 from graphopt.spec import TensorSpec
 
@@ -47,6 +48,7 @@ class Artefact:
     workspace_bytes: int
     kernels: tuple[KernelInfo, ...]
     declined: tuple[Decline, ...] = ()  # templates that looked and did not apply
+    sparse_weights: tuple[SparseWeight, ...] = ()  # layers whose weights have zeros, and the kernels picked for them
     files: Mapping[str, bytes] = field(default_factory=dict)  # what else belongs into the bundle, as it is
 
     @property

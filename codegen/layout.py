@@ -6,22 +6,26 @@ so a network never changes layout inside. A linear layer is turned on its own, i
 
     x [.., k] -> permute [k, tokens] -> matmul(W [n, k], .) [n, tokens] -> permute [.., n]
 
-and `simplify_views` takes out the transposes between layers that both were.
+and `simplify_views` takes out the transposes between layers that both were. A layer whose weight is annotated "dense"
+keeps its dense kernel, a convolution between two transposes if need be.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import relax
 from tvm.ir import IRModule
 
-from graphopt.codegen.channels_last import channels_last
+from graphopt.codegen.channels_last import RULES, channels_last
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
-from graphopt.codegen.kernels.spmm import Source, convolution, plan_of
+from graphopt.codegen.kernels.spmm import convolution, plan_of, tokens_as_image
 from graphopt.codegen.rebuild import rebuild
+from graphopt.codegen.sparse_weights import Seen, SparseWeight, Weights, microseconds, shown
 from graphopt.cost.register_tile import best_tile, cycles
 from graphopt.sparsity import LEAST_ZEROS
 from graphopt.targets.target import Target
@@ -38,34 +42,221 @@ class Times:
 
     dense: float
     sparse: float
+    obstacle: str = ""  # why there is no sparse kernel
 
 
-def lay_out(module: IRModule, target: Target) -> IRModule:
-    """Choose the layout of images, and turn the linear layers whose zeros pay."""
+def lay_out(module: IRModule, target: Target, weights: Weights) -> tuple[IRModule, tuple[SparseWeight, ...]]:
+    """Choose the layout of images, and turn the linear layers whose zeros pay. Says what was weighed."""
     flow = Dataflow(module["main"])
-    images = [t for b in flow.bindings if (t := _image_times(flow, b.value, target)) is not None]
-    if not images or sum(t.sparse for t in images) > GAIN * sum(t.dense for t in images):
-        module = channels_last(module)
-        flow = Dataflow(module["main"])
+    images = list(_images(flow, target, weights))
+    front = bool(images) and sum(i.times.sparse for i in images) <= GAIN * sum(i.times.dense for i in images)
+    entries = _image_entries(images, front, target)
+    entries += _others(flow, ("relax.nn.conv1d", "relax.nn.conv3d"), target, weights)
+    module = _some_channels_last(module, weights) if front else channels_last(module)
+    flow = Dataflow(module["main"])
+    entries += _others(flow, _TRANSPOSED, target, weights)
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
-        weight = _linear(flow, value)
-        if weight is None:
+        found = _weigh_linear(flow, value, target, weights)
+        if found is None:
             return value
-        times = linear_times(weight, math.prod(shape_of(value)[:-1]), target)
-        if times.sparse > GAIN * times.dense:
+        rule, entry = found
+        entries.append(entry)
+        return value if rule is None else rule(value, builder)
+
+    return rebuild(module, rewrite), weights.in_order(entries)
+
+
+def untouched(module: IRModule, target: Target, weights: Weights, reason: str) -> tuple[SparseWeight, ...]:
+    """Entries for a target without sparse kernels."""
+    operators = ("relax.matmul", "relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d", *_TRANSPOSED)
+    return weights.in_order(_others(Dataflow(module["main"]), operators, target, weights, reason))
+
+
+_TRANSPOSED = ("relax.nn.conv1d_transpose", "relax.nn.conv2d_transpose", "relax.nn.conv3d_transpose")
+
+
+def _others(
+    flow: Dataflow, operators: tuple[str, ...], target: Target, weights: Weights, reason: str = ""
+) -> list[SparseWeight]:
+    """Entries for layers that no sparse kernel takes."""
+    entries = []
+    for binding in flow.bindings:
+        if (op := op_of(binding.value)) not in operators:
+            continue
+        name = _operator(op)
+        for argument in binding.value.args[:2]:
+            weight = flow.constant(argument)
+            if weight is not None and (seen := weights.look(weight)) is not None:
+                entries.append(
+                    seen.entry(weight, name, target, reason=reason or f"there is no sparse kernel for {name}")
+                )
+    return entries
+
+
+def _operator(op: str) -> str:
+    name = op.removeprefix("relax.").removeprefix("nn.")
+    return "linear" if name == "matmul" else name
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A convolution, what is known of its weight, and its estimates."""
+
+    weight: Array
+    seen: Seen | None
+    depthwise: bool
+    times: Times
+
+    @property
+    def obstacle(self) -> str:
+        """Why its zeros cannot be made use of."""
+        if self.times.obstacle:
+            return self.times.obstacle
+        if self.seen is not None and self.seen.dense:
+            return 'annotated "dense"'
+        return "depthwise: with so few taps there is nothing to gain from zeros" if self.depthwise else ""
+
+
+def _images(flow: Dataflow, target: Target, weights: Weights) -> Iterator[_Image]:
+    for binding in flow.bindings:
+        value = binding.value
+        times = _image_times(flow, value, target)
+        if times is None:
+            continue
+        weight = flow.constant(value.args[1])
+        assert weight is not None, "_image_times() has seen that it is constant"
+        seen = weights.look(weight)
+        depthwise = _is_depthwise(value, weight)
+        if seen is not None and seen.dense and not depthwise:
+            # It would stay as it is, between two transposes.
+            moved = (math.prod(shape_of(value.args[0])) + math.prod(shape_of(value))) / TRANSPOSED_PER_CYCLE
+            times = Times(times.dense, times.dense + moved)
+        yield _Image(weight, seen, depthwise, times)
+
+
+def _image_entries(images: list[_Image], front: bool, target: Target) -> list[SparseWeight]:
+    """Images are laid out one way for the network as a whole, so every entry says what that took."""
+    dense, sparse = (sum(getattr(image.times, side) for image in images) for side in ("dense", "sparse"))
+    if math.isinf(sparse):
+        first = next(image for image in images if image.times.obstacle)
+        name = "a convolution" if first.seen is None or first.seen.name is None else first.seen.name
+        reason = f"the network's images are NHWC: in NCHW there is no kernel for {name} ({first.times.obstacle})"
+    else:
+        nhwc, nchw = (shown(microseconds(cycles, target)) for cycles in (dense, sparse))
+        if front:
+            reason = f"the network's images are NCHW: {nchw} beats {nhwc}"
+        else:
+            verb = "beats" if dense <= sparse else "is hardly slower than"
+            reason = f"the network's images are NHWC: {nhwc} {verb} {nchw}"
+    entries = []
+    for image in images:
+        if image.seen is None:
+            continue
+        obstacle = image.obstacle
+        entries.append(
+            image.seen.entry(
+                image.weight,
+                "conv2d",
+                target,
+                eligible=not obstacle,
+                picked=front and not obstacle,
+                reason=obstacle or reason,
+                dense=image.times.dense,
+                sparse=None if obstacle else image.times.sparse,
+            )
+        )
+    return entries
+
+
+def _some_channels_last(module: IRModule, weights: Weights) -> IRModule:
+    """In a network in NCHW, the convolutions that shall be taken as dense."""
+    flow = Dataflow(module["main"])
+
+    def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
+        weight = flow.constant(value.args[1]) if op_of(value) == "relax.nn.conv2d" else None
+        if weight is None or _is_depthwise(value, weight):
             return value
-        return _turned(value, weight, builder)
+        seen = weights.look(weight)
+        new = RULES["relax.nn.conv2d"](value, builder.emit, flow) if seen is not None and seen.dense else None
+        return value if new is None else new
 
     return rebuild(module, rewrite)
+
+
+def _is_depthwise(value: relax.Call, weight: Array) -> bool:
+    return int(value.attrs.groups) == shape_of(value.args[0])[1] and weight.shape[1] == 1
+
+
+# Linear layers --------------------------------------------------------------------------------------------------------
+
+Rule = Callable[[relax.Call, relax.BlockBuilder], relax.Expr]
+
+
+def _weigh_linear(
+    flow: Dataflow, value: relax.Expr, target: Target, weights: Weights
+) -> tuple[Rule | None, SparseWeight] | None:
+    """How a product with a constant matrix is rewritten, and its entry; None where there is nothing to say."""
+    if op_of(value) != "relax.matmul":
+        return None
+    x, weight = value.args[0], flow.constant(value.args[1])
+    first = weight is None
+    if first:
+        x, weight = value.args[1], flow.constant(value.args[0])
+    if weight is None or flow.constant(x) is not None or (seen := weights.look(weight)) is None:
+        return None
+
+    def entry(reason: str, **more: Any) -> SparseWeight:
+        return seen.entry(weight, "linear", target, reason=reason, **more)
+
+    shape = shape_of(x)
+    if weight.ndim != 2 or len(shape) < 2 or 0 in (*shape, *weight.shape) or (first and math.prod(shape[:-2]) != 1):
+        return (None, entry("it is no product of one matrix with rows")) if seen.name else None
+    if str(weight.dtype) != "float32" or dtype_of(x) != "float32":
+        return (
+            (None, entry(f"{weight.dtype} times {dtype_of(x)}: sparse kernels are for float32")) if seen.name else None
+        )
+    matrix = weight.T if first else weight
+    inputs, outputs = matrix.shape
+    tokens = shape[-1] if first else math.prod(shape[:-1])
+    dense, moved = _dense(tokens, outputs, inputs, target), _moved(inputs, outputs, tokens)
+    if seen.dense:
+        return (_swapped(weight) if first else None), entry('annotated "dense"', dense=dense)
+    if first:
+        times = linear_times(matrix, tokens, target)
+        both = {"dense": dense + moved, "sparse": times.sparse - moved}
+        return None, entry(
+            "the weight is the first factor: no other kernel takes it", eligible=True, picked=True, **both
+        )
+    zeros = 1 - seen.density
+    if zeros < LEAST_ZEROS:
+        few = entry(f"{zeros:.0%} zeros, of use from {LEAST_ZEROS:.0%} on", dense=dense)
+        return (None, few) if seen.name else None
+    times = linear_times(weight, tokens, target)
+    picked = times.sparse <= GAIN * times.dense
+    faster = times.dense / times.sparse
+    if picked:
+        reason = f"{faster:.1f} times as fast"
+    else:
+        reason = "dense is faster" if faster <= 1 else f"dense is hardly slower: {faster:.2f} times"
+    weighed = entry(reason, eligible=True, picked=picked, dense=times.dense, sparse=times.sparse)
+    return (_turned(weight) if picked else None), weighed
+
+
+def _moved(inputs: int, outputs: int, tokens: int) -> float:
+    """Cycles for both transposes around a linear layer that is turned."""
+    return (inputs + outputs) * tokens / TRANSPOSED_PER_CYCLE if tokens > 1 else 0.0
 
 
 def linear_times(weight: Array, tokens: int, target: Target) -> Times:
     """Estimates for a linear layer with `weight` (inputs, outputs)."""
     inputs, outputs = weight.shape
-    moved = (inputs + outputs) * tokens / TRANSPOSED_PER_CYCLE if tokens > 1 else 0.0
-    source = Source(1, inputs, inputs * tokens, 1, tokens, None)
-    return Times(_dense(tokens, outputs, inputs, target), plan_of(weight.T, source, target).cycles + moved)
+    moved = _moved(inputs, outputs, tokens)
+    window = tokens_as_image(inputs, tokens)
+    return Times(_dense(tokens, outputs, inputs, target), plan_of(weight.T, window, target).cycles + moved)
 
 
 def _dense(rows: int, columns: int, steps: int, target: Target) -> float:
@@ -82,38 +273,44 @@ def _image_times(flow: Dataflow, value: relax.Expr, target: Target) -> Times | N
     groups = int(value.attrs.groups)
     batch, outputs, *size = shape_of(value)
     pixels = batch * math.prod(size)
-    if groups == shape_of(value.args[0])[1] and weight.shape[1] == 1:
+    if _is_depthwise(value, weight):
         taps = math.prod(weight.shape[2:]) * pixels * outputs / target.isa.lanes() / target.isa.fma_per_cycle
         return Times(taps * 1.5, taps * 2.0)
-    found = convolution(flow, value, target)
+    found = convolution(flow, value)
     dense = groups * _dense(pixels, outputs // groups, math.prod(weight.shape[1:]), target)
     if isinstance(found, str):
-        return Times(dense, math.inf)
-    matrix, _, _, source = found
-    return Times(dense, plan_of(matrix, source, target).cycles)
+        return Times(dense, math.inf, found)
+    matrix, window, _ = found
+    return Times(dense, plan_of(matrix, window, target).cycles)
 
 
-def _linear(flow: Dataflow, value: relax.Expr) -> Array | None:
-    """The constant matrix (inputs, outputs) with zeros that run-time rows are multiplied with."""
-    if op_of(value) != "relax.matmul":
-        return None
-    x, weight = value.args[0], flow.constant(value.args[1])
-    if weight is None or weight.ndim != 2 or str(weight.dtype) != "float32" or dtype_of(x) != "float32":
-        return None
-    if len(shape_of(x)) < 2 or 0 in (*shape_of(x), *weight.shape) or flow.constant(x) is not None:
-        return None
-    return weight if 1 - np.count_nonzero(weight) / weight.size >= LEAST_ZEROS else None
+def _turned(weight: Array) -> Rule:
+    """x W with features in front."""
+
+    def rule(value: relax.Call, builder: relax.BlockBuilder) -> relax.Expr:
+        x, shape, inputs = value.args[0], shape_of(value), weight.shape[0]
+        # The rank stays where it can: only then do `simplify_views` and the epilogue see through the transposes.
+        tokens = math.prod(shape[:-1])
+        kept = len(shape) if math.prod(shape[:-2]) == 1 and len(shape) <= 3 else 2
+        if kept != len(shape):
+            x = builder.emit(relax.op.reshape(x, (tokens, inputs)))
+        order = [*range(kept - 2), kept - 1, kept - 2]
+        columns = builder.emit(relax.op.permute_dims(x, order))
+        turned = builder.emit(relax.op.matmul(relax.const(np.ascontiguousarray(weight.T), "float32"), columns))
+        back = relax.op.permute_dims(turned, order)
+        return back if kept == len(shape) else relax.op.reshape(builder.emit(back), shape)
+
+    return rule
 
 
-def _turned(value: relax.Call, weight: Array, builder: relax.BlockBuilder) -> relax.Expr:
-    x, shape, inputs = value.args[0], shape_of(value), weight.shape[0]
-    # The rank stays where it can: only then do `simplify_views` and the epilogue see through the transposes.
-    tokens = math.prod(shape[:-1])
-    kept = len(shape) if math.prod(shape[:-2]) == 1 and len(shape) <= 3 else 2
-    if kept != len(shape):
-        x = builder.emit(relax.op.reshape(x, (tokens, inputs)))
-    order = [*range(kept - 2), kept - 1, kept - 2]
-    columns = builder.emit(relax.op.permute_dims(x, order))
-    turned = builder.emit(relax.op.matmul(relax.const(np.ascontiguousarray(weight.T), "float32"), columns))
-    back = relax.op.permute_dims(turned, order)
-    return back if kept == len(shape) else relax.op.reshape(builder.emit(back), shape)
+def _swapped(weight: Array) -> Rule:
+    """W x as (x^T W^T)^T, which dense kernels take."""
+
+    def rule(value: relax.Call, builder: relax.BlockBuilder) -> relax.Expr:
+        rank = len(shape_of(value))
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        rows = builder.emit(relax.op.permute_dims(value.args[1], order))
+        product = relax.op.matmul(rows, relax.const(np.ascontiguousarray(weight.T), "float32"))
+        return relax.op.permute_dims(builder.emit(product), order)
+
+    return rule

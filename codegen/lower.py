@@ -47,7 +47,7 @@ def compile_program(
 
         return compile_for_gpu(program, target, dump=dump, progress=progress)
     progress("importing")
-    module = prepare(program, target)
+    module, sparse_weights = prepare(program, target)
     dump("relax.py", module.script())
     progress("choosing kernels")
     selection = select(module, target)
@@ -74,6 +74,7 @@ def compile_program(
         workspace_bytes=entry.workspace_bytes,
         kernels=tuple(_describe(step.kernel, kernels, selection) for step in steps.steps),
         declined=selection.declined,
+        sparse_weights=sparse_weights,
     )
 
 

@@ -8,15 +8,16 @@ from tvm.ir import IRModule
 from graphopt.codegen.bounds import guard_indices
 from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of
 from graphopt.codegen.importer import to_relax
-from graphopt.codegen.layout import lay_out
+from graphopt.codegen.layout import lay_out, untouched
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.simplify_views import simplify_views
+from graphopt.codegen.sparse_weights import SparseWeight, Weights
 from graphopt.program import Program
 from graphopt.targets.target import Target
 
 
-def prepare(program: Program, target: Target) -> IRModule:
-    """Import the program and bring it into the form that the templates match.
+def prepare(program: Program, target: Target) -> tuple[IRModule, tuple[SparseWeight, ...]]:
+    """Import the program and bring it into the form that the templates match. Says what zeros in weights led to.
 
     Static shapes; weights are constants; on processors convolutions are NHWC with OHWI weights, or NCHW where zeros in
     them pay.
@@ -27,9 +28,12 @@ def prepare(program: Program, target: Target) -> IRModule:
     module = to_relax(program)
     passes = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
     module = guard_indices(fold_constants(ir.transform.Sequential(passes)(module)))
-    if target.kind != "cuda":
-        module = lay_out(module, target)
-    return fold_constants(simplify_views(module))
+    weights = Weights(program)
+    if target.kind == "cuda":
+        sparse = untouched(module, target, weights, "there are no sparse kernels for CUDA yet")
+    else:
+        module, sparse = lay_out(module, target, weights)
+    return fold_constants(simplify_views(module)), sparse
 
 
 def fold_constants(module: IRModule) -> IRModule:

@@ -43,7 +43,7 @@ def compile_program(
         UnsupportedOp: an operator that TVM cannot express, or has no thread mapping for.
     """
     progress("importing")
-    module = prepare(program, target)
+    module, sparse_weights = prepare(program, target)
     dump("relax.py", module.script())
     progress("legalising")
     module = legalise(split_attention(module))
@@ -84,6 +84,7 @@ def compile_program(
         outputs=program.outputs,
         workspace_bytes=arena_bytes,
         kernels=tuple(KernelInfo(symbols[s.kernel], f"tvm-{rules[s.kernel]}", s.kernel) for s in steps.steps),
+        sparse_weights=sparse_weights,
         arch=target.arch,
         cuda_source=generated.source,
         files={

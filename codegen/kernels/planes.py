@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
@@ -88,6 +89,17 @@ class Planes:
         (row, py), (column, px) = divmod(i * g.dilation[0], g.strides[0]), divmod(j * g.dilation[1], g.strides[1])
         return self.phases.index((py, px)) * self.plane + row * self.pitch + column
 
+    @property
+    def image(self) -> int:
+        """Elements of all channels of one image."""
+        return self.window.channels * self.channel
+
+    def offsets(self) -> np.ndarray:
+        """Where each input (channel, tap row, tap column) begins, in the order of OIHW weights."""
+        g = self.window
+        taps = [self.offset(i, j) for i in range(g.kernel[0]) for j in range(g.kernel[1])]
+        return (np.arange(g.channels)[:, None] * self.channel + np.array(taps)).reshape(-1)
+
     def emit_fill(self, planes: Buffer, to: Expr, lanes: int) -> None:
         """Fill the planes of one channel, where anything around the image is read."""
         if any(self.window.padding):
@@ -97,6 +109,9 @@ class Planes:
         """Copy one channel that begins at `start` into its planes at `to`; what is around the image stays."""
         g = self.window
         (top, left), (sy, sx) = g.padding[:2], g.strides
+        if self.plane == g.height * g.width and len(self.phases) == 1 and not any(g.padding):
+            copy_run(planes, to, source, start, self.plane, lanes)
+            return
         for number, (py, px) in enumerate(self.phases):
             # Of the phase's rows and columns those that lie in the image: r sy + py - top in [0, height).
             first, last = (max(0, -(-(before - p) // s)) for before, p, s in ((top, py, sy), (left, px, sx)))
@@ -160,10 +175,12 @@ def window_of(flow: Dataflow, call: relax.Call) -> Window | str:
     return window if min(window.out) >= 1 else "the result is empty"
 
 
-def planes_of(window: Window, lanes: int) -> Planes:
-    """How to lay out the source of a convolution whose kernel computes `lanes` pixels at a time."""
-    plain = not any(window.padding) and window.strides == (1, 1)
-    return Planes(window, plain and (window.kernel == (1, 1) or window.out[1] >= lanes))
+def layouts(window: Window, lanes: int) -> list[Planes]:
+    """How the source of a convolution whose kernel computes `lanes` pixels at a time may lie."""
+    found = [Planes(window, direct=False)]
+    if not any(window.padding) and window.strides == (1, 1) and (window.kernel == (1, 1) or window.out[1] >= lanes):
+        found.append(Planes(window, direct=True))
+    return found
 
 
 def emit_planes(planes: Planes, source: Buffer, scratch: Buffer, lanes: int, parallel: bool) -> None:

@@ -6,6 +6,9 @@ convolutions     NCHW with OIHW weights, groups, strides, dilation: an input i i
                  a shifted plane of the padded image (`planes.py`); only kept inputs cost anything
     limit: multiply-adds of kept blocks at the register tile's rate (`spmm_tile.py`)
 
+Rows of X that do not begin at vectors' boundaries are copied to ones that do, where that pays: each load would touch
+two cache lines.
+
 Blocks are packed (`spmm_pack.py`) at the height whose estimate is lowest; a dense matrix is one whose blocks are all
 kept. Where a row of pixels is shorter than a vector, whole images are computed with the gaps between their rows, and
 moved together when a block row is done.
@@ -15,7 +18,6 @@ Source: Elsen et al., "Fast Sparse ConvNets", CVPR 2020, arXiv:1911.09723.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,10 +27,11 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script import builder as T
 
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
+from graphopt.codegen.kernels.conv2d import Window
 from graphopt.codegen.kernels.emit import Buffer, Expr, load, loop, prim_func, store
 from graphopt.codegen.kernels.epilogue import Absorbed, Epilogue, absorb
-from graphopt.codegen.kernels.planes import Planes, emit_planes, planes_of, window_of
-from graphopt.codegen.kernels.spmm_pack import Section, blocks_of, pack
+from graphopt.codegen.kernels.planes import Planes, emit_planes, layouts, window_of
+from graphopt.codegen.kernels.spmm_pack import blocks_of, pack
 from graphopt.codegen.kernels.spmm_tile import (
     HEIGHTS,
     Panels,
@@ -43,38 +46,7 @@ from graphopt.errors import Decline
 from graphopt.targets.target import Target
 
 TASKS = 16  # as many as there may be threads
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the rows of X lie, and the pixels of Y: images of `height` rows of `width`."""
-
-    batch: int
-    rows: int  # of X in one image: channels, or features
-    size: int  # elements of one image of the input
-    height: int
-    width: int
-    planes: Planes | None  # None for linear layers: X is read in place
-
-    @property
-    def pixels(self) -> int:
-        """Elements of a row of Y."""
-        return self.height * self.width
-
-    @property
-    def pitch(self) -> int:
-        """Elements of X from a row of pixels to the next."""
-        return self.width if self.planes is None else self.planes.pitch
-
-    @property
-    def copied(self) -> bool:
-        """Whether X is a copy in scratch memory."""
-        return self.planes is not None and not self.planes.direct
-
-    @property
-    def image(self) -> int:
-        """Elements of one image as the product reads it."""
-        return self.rows * self.planes.channel if self.planes is not None and self.copied else self.size
+COPY_CYCLES = 2.5  # for each vector of X that is copied
 
 
 @dataclass(frozen=True)
@@ -91,7 +63,7 @@ class Shape:
 class Spmm:
     """Everything that determines the kernel."""
 
-    source: Source
+    planes: Planes
     outputs: int
     lanes: int
     panels: tuple[Panels, ...]
@@ -110,13 +82,15 @@ class SparseProduct(Template):
     def match(self, flow: Dataflow, binding: relax.VarBinding, target: Target) -> KernelCall | Decline:
         """Take products of a constant matrix with run-time rows, and NCHW convolutions, in float32."""
         call, where = binding.value, binding.var.name
-        operands = _linear(flow, call) if op_of(call) == "relax.matmul" else convolution(flow, call, target)
+        linear = op_of(call) == "relax.matmul"
+        operands = _linear(flow, call) if linear else convolution(flow, call)
         if isinstance(operands, str):
             return Decline(where, operands)
-        matrix, offsets, x, source = operands
-        plan = plan_of(matrix, source, target)
-        after = absorb(flow, binding.var, 1 if source.planes is None else 2)
-        return _call(plan, pack(matrix, offsets, plan.height), len(matrix), source, x, after, target)
+        matrix, window, x = operands
+        plan = plan_of(matrix, window, target)
+        after = absorb(flow, binding.var, 1 if linear else 2)
+        name = "linear" if linear else "conv" + "x".join(map(str, window.kernel))
+        return _call(name, plan, matrix, x, after, target)
 
     def reference(self, matrix: Array, rows: Array, after: Epilogue, operands: list[Array]) -> Array:
         """epilogue(W X) in float64, X as (inputs, pixels)."""
@@ -127,6 +101,7 @@ class SparseProduct(Template):
 class Plan:
     """How a product is computed, and the estimate."""
 
+    planes: Planes
     height: int
     lanes: int
     panels: tuple[Panels, ...]
@@ -134,26 +109,35 @@ class Plan:
     cycles: float
 
 
-def plan_of(matrix: Array, source: Source, target: Target) -> Plan:
-    """The height of blocks and the width of panels with the lowest estimate."""
-    lanes = min(target.isa.lanes(), 1 << (source.pixels.bit_length() - 1))
-    gaps = source.pitch != source.width and source.width < lanes
+def plan_of(matrix: Array, window: Window, target: Target) -> Plan:
+    """The layout of X, the height of blocks and the width of panels with the lowest estimate."""
+    pixels = math.prod(window.out)
+    lanes = min(target.isa.lanes(), 1 << (pixels.bit_length() - 1))
     inputs = int((matrix != 0).any(0).sum())
+    sizes = {h: (blocks_of(matrix, h), -(-len(matrix) // h)) for h in HEIGHTS if h == 1 or h <= len(matrix)}
     plans = []
-    for height in [h for h in HEIGHTS if h == 1 or h <= len(matrix)]:
-        blocks, block_rows = blocks_of(matrix, height), -(-len(matrix) // height)
-        for most in range(1, most_vectors(height, target.isa) + 1):
-            if gaps:
-                span = -(-source.height * source.pitch // lanes) * lanes
-                panels = rows_of_pixels(1, span, span, lanes, most)
-            else:
-                panels = rows_of_pixels(source.height, source.width, source.pitch, lanes, most)
-            cycles = product_cycles(block_rows, blocks, height, panels, inputs, target)
-            plans.append(Plan(height, lanes, panels, gaps, source.batch * cycles))
+    for planes in layouts(window, lanes):
+        gaps = not planes.contiguous and window.out[1] < lanes
+        copied = 0.0 if planes.direct else COPY_CYCLES * window.channels * planes.channel / lanes
+        aligned = planes.channel % lanes == 0 and window.kernel[1] == 1
+        for height, (blocks, block_rows) in sizes.items():
+            for most in range(1, most_vectors(height, target.isa) + 1):
+                if gaps:
+                    span = -(-window.out[0] * planes.pitch // lanes) * lanes
+                    panels = rows_of_pixels(1, span, span, lanes, most)
+                else:
+                    panels = rows_of_pixels(*window.out, planes.pitch, lanes, most)
+                cycles = copied + product_cycles(block_rows, blocks, height, panels, inputs, aligned, target)
+                plans.append(Plan(planes, height, lanes, panels, gaps, window.batch * cycles))
     return min(plans, key=lambda plan: (plan.cycles, -plan.height))
 
 
-Operands = tuple[Array, Array, relax.Expr, Source]
+Operands = tuple[Array, Window, relax.Expr]
+
+
+def tokens_as_image(inputs: int, tokens: int) -> Window:
+    """A linear layer is a 1 x 1 convolution over an image of one row."""
+    return Window(1, 1, tokens, inputs, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
 
 
 def _linear(flow: Dataflow, call: relax.Call) -> Operands | str:
@@ -168,23 +152,17 @@ def _linear(flow: Dataflow, call: relax.Call) -> Operands | str:
     inputs, tokens = shape_of(x)[-2:]
     if 0 in (*matrix.shape, tokens):
         return "an operand has no elements"
-    return matrix, np.arange(inputs) * tokens, x, Source(1, inputs, inputs * tokens, 1, tokens, None)
+    return matrix, tokens_as_image(inputs, tokens), x
 
 
-def convolution(flow: Dataflow, call: relax.Call, target: Target) -> Operands | str:
+def convolution(flow: Dataflow, call: relax.Call) -> Operands | str:
     """conv2d in NCHW with constant weights."""
     window = window_of(flow, call)
     if isinstance(window, str):
         return window
-    x, weight = call.args[0], flow.constant(call.args[1])
+    weight = flow.constant(call.args[1])
     assert weight is not None, "window_of() has seen that it is constant"
-    channels, height, width = window.channels, window.height, window.width
-    planes = planes_of(window, min(target.isa.lanes(), 1 << (math.prod(window.out).bit_length() - 1)))
-    taps = [planes.offset(i, j) for i in range(window.kernel[0]) for j in range(window.kernel[1])]
-    matrix = _ungrouped(weight, int(call.attrs.groups)).reshape(weight.shape[0], -1)
-    offsets = (np.arange(channels)[:, None] * planes.channel + np.array(taps)).reshape(-1)
-    source = Source(window.batch, channels, channels * height * width, *window.out, planes)
-    return matrix, offsets, x, source
+    return _ungrouped(weight, int(call.attrs.groups)).reshape(weight.shape[0], -1), window, call.args[0]
 
 
 def _ungrouped(weight: Array, groups: int) -> Array:
@@ -199,37 +177,30 @@ def _ungrouped(weight: Array, groups: int) -> Array:
     return whole
 
 
-def _call(
-    plan: Plan,
-    sections: Sequence[Section],
-    outputs: int,
-    source: Source,
-    x: relax.Expr,
-    after: Absorbed,
-    target: Target,
-) -> KernelCall:
+def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, target: Target) -> KernelCall:
+    planes, window = plan.planes, plan.planes.window
+    sections = pack(matrix, planes.offsets(), plan.height)
+    pixels = math.prod(window.out)
     blocks = sum(section.blocks * section.height for section in sections)
-    parallel = target.threads and 2 * blocks * source.pixels * source.batch >= 2 * FLOPS_PER_TASK
+    parallel = target.threads and 2 * blocks * pixels * window.batch >= 2 * FLOPS_PER_TASK
     shapes = []
     for section in sections:
-        tasks = [source.batch * (1 if plan.gaps else group.count) for group in plan.panels]
+        tasks = [window.batch * (1 if plan.gaps else group.count) for group in plan.panels]
         chunks = [min(section.block_rows, -(-TASKS // count)) if parallel else 1 for count in tasks]
         shapes.append(Shape(section.height, section.block_rows, section.blocks, tuple(chunks)))
-    spmm = Spmm(source, outputs, plan.lanes, plan.panels, plan.gaps, tuple(shapes), parallel, after.epilogue)
+    spmm = Spmm(planes, len(matrix), plan.lanes, plan.panels, plan.gaps, tuple(shapes), parallel, after.epilogue)
     constants: list[Array] = []
     for section, shape in zip(sections, shapes, strict=True):
         runs = [section.bounds(chunks) for chunks in dict.fromkeys(shape.chunks)]
         arrays = (section.values, section.offsets, section.ends, section.outputs, *runs)
         constants += [array if len(array) else np.zeros(1, array.dtype) for array in arrays]
-    density = blocks / (outputs * source.rows * (math.prod(_kernel(source))))
-    scratch = [source.batch * source.image * 4] if source.copied else []
+    scratch = [] if planes.direct else [window.batch * planes.image * 4]
     if plan.gaps:
         scratch.append(_tile(spmm) * _slots(spmm) * 4)
     widest = max(len(group.places) for group in plan.panels)
-    family = "linear" if source.planes is None else "conv" + "x".join(map(str, _kernel(source)))
-    name = f"f32_spmm_{family}{after.epilogue.name}_{plan.height}x{widest * plan.lanes}__{target.isa.name}"
+    symbol = f"f32_spmm_{name}{after.epilogue.name}_{plan.height}x{widest * plan.lanes}__{target.isa.name}"
     return KernelCall(
-        name=name.replace("-", "_"),
+        name=symbol.replace("-", "_"),
         key=(spmm, target.spec),
         kernel=build(spmm),
         output=after.output,
@@ -240,25 +211,21 @@ def _call(
         parameters={
             "height": plan.height,
             "vectors": widest,
-            "kept": f"{density:.3f}",
+            "kept": f"{blocks / matrix.size:.3f}",
             "cycles": round(plan.cycles),
         },
     )
 
 
-def _kernel(source: Source) -> tuple[int, int]:
-    return (1, 1) if source.planes is None else source.planes.window.kernel
-
-
 def _tile(spmm: Spmm) -> int:
     """Elements that a block row's results take with the gaps between rows."""
     highest = max(section.height for section in spmm.sections)
-    return highest * -(-spmm.source.height * spmm.source.pitch // spmm.lanes) * spmm.lanes
+    return highest * -(-spmm.planes.window.out[0] * spmm.planes.pitch // spmm.lanes) * spmm.lanes
 
 
 def _slots(spmm: Spmm) -> int:
     """Tasks that need a tile of their own."""
-    return spmm.source.batch * max(chunks for section in spmm.sections for chunks in section.chunks)
+    return spmm.planes.window.batch * max(chunks for section in spmm.sections for chunks in section.chunks)
 
 
 def _roomy(size: int) -> int:
@@ -268,8 +235,9 @@ def _roomy(size: int) -> int:
 
 def build(spmm: Spmm) -> PrimFunc:
     """The kernel as TIR."""
-    source, after = spmm.source, spmm.epilogue
-    params = [("x", source.batch * source.size, "float32"), *after.buffers(False)]
+    planes, after = spmm.planes, spmm.epilogue
+    g = planes.window
+    params = [("x", g.batch * g.channels * g.height * g.width, "float32"), *after.buffers(False)]
     for number, section in enumerate(spmm.sections):
         params += [
             (f"values{number}", _roomy(section.blocks * section.height), "float32"),
@@ -278,18 +246,17 @@ def build(spmm: Spmm) -> PrimFunc:
             (f"outputs{number}", section.block_rows, "int32"),
         ]
         params += [(f"bounds{number}_{chunks}", chunks + 1, "int32") for chunks in dict.fromkeys(section.chunks)]
-    params += [*after.buffers(True), ("y", source.batch * spmm.outputs * source.pixels, "float32")]
-    if source.copied:
-        params.append(("planes", source.batch * source.image, "float32"))
+    params += [*after.buffers(True), ("y", g.batch * spmm.outputs * math.prod(g.out), "float32")]
+    if not planes.direct:
+        params.append(("planes", g.batch * planes.image, "float32"))
     if spmm.gaps:
         params.append(("tile", _tile(spmm) * _slots(spmm), "float32"))
 
     def body(*buffers: Buffer) -> None:
         named = {name: buffer for (name, _, _), buffer in zip(params, buffers, strict=True)}
         x = named["x"]
-        if source.copied:
-            assert source.planes is not None
-            emit_planes(source.planes, x, named["planes"], spmm.lanes, spmm.parallel)
+        if not planes.direct:
+            emit_planes(planes, x, named["planes"], spmm.lanes, spmm.parallel)
             x = named["planes"]
         writer = _Writer(spmm, named, x, after.bind(named))
         for number, section in enumerate(spmm.sections):
@@ -313,12 +280,12 @@ class _Writer:
 
     def panels(self, number: int, section: Shape, group: Panels, chunks: int) -> None:
         """All block rows of a section for each panel of a group."""
-        spmm, source = self.spmm, self.spmm.source
-        with loop(source.batch * group.count * chunks, spmm.parallel) as task:
-            image = T.Bind(tirx.floordiv(task, group.count * chunks)) if source.batch > 1 else 0
+        spmm, planes = self.spmm, self.spmm.planes
+        with loop(planes.window.batch * group.count * chunks, spmm.parallel) as task:
+            image = T.Bind(tirx.floordiv(task, group.count * chunks)) if planes.window.batch > 1 else 0
             panel = T.Bind(tirx.floormod(tirx.floordiv(task, chunks), group.count)) if group.count > 1 else 0
             chunk = T.Bind(tirx.floormod(task, chunks)) if chunks > 1 else 0
-            start = T.Bind(panel * group.source_step + image * source.image)
+            start = T.Bind(panel * group.source_step + image * planes.image)
             target = T.Bind(panel * group.target_step)
 
             def finish(output: Expr, o: int, v: int, value: Expr) -> None:
@@ -336,32 +303,32 @@ class _Writer:
 
     def with_gaps(self, number: int, section: Shape) -> None:
         """Each block row for all panels, then its rows of pixels moved together."""
-        spmm, source = self.spmm, self.spmm.source
+        spmm, planes = self.spmm, self.spmm.planes
         chunks = max(section.chunks)
-        span = -(-source.height * source.pitch // spmm.lanes) * spmm.lanes
-        narrow = min(spmm.lanes, 1 << (source.width.bit_length() - 1))
+        span = -(-planes.window.out[0] * planes.pitch // spmm.lanes) * spmm.lanes
+        narrow = min(spmm.lanes, 1 << (planes.window.out[1].bit_length() - 1))
         tile = self.named["tile"]
-        with loop(source.batch * chunks, spmm.parallel) as task:
-            image = T.Bind(tirx.floordiv(task, chunks)) if source.batch > 1 else 0
+        with loop(planes.window.batch * chunks, spmm.parallel) as task:
+            image = T.Bind(tirx.floordiv(task, chunks)) if planes.window.batch > 1 else 0
             chunk = T.Bind(tirx.floormod(task, chunks)) if chunks > 1 else 0
-            slot = T.Bind(task * _tile(spmm)) if source.batch * chunks > 1 else 0
+            slot = T.Bind(task * _tile(spmm)) if planes.window.batch * chunks > 1 else 0
             with self.block_rows(number, chunk, chunks) as row:
                 output = T.Bind(tirx.BufferLoad(self.named[f"outputs{number}"], [row]))
                 for group in spmm.panels:
                     with T.serial(0, group.count) as panel:
                         start = T.Bind(panel * group.source_step)
-                        starts = [start + s + image * source.image for s, _ in group.places]
+                        starts = [start + s + image * planes.image for s, _ in group.places]
 
                         def keep(o: int, v: int, value: Expr, start: Expr = start, group: Panels = group) -> None:
                             store(tile, slot + o * span + start + group.places[v][0], value, spmm.lanes, "float32")
 
                         self.block_row(number, section, row, starts, keep)
                 for o in range(section.height):
-                    with T.serial(0, source.height) as y:
-                        for x in range(0, source.width, narrow):
-                            at = min(x, source.width - narrow)
-                            value = T.Bind(load(tile, slot + o * span + y * source.pitch + at, narrow, "float32"))
-                            self.store(image, output + o, y * source.width + at, value, narrow)
+                    with T.serial(0, planes.window.out[0]) as y:
+                        for x in range(0, planes.window.out[1], narrow):
+                            at = min(x, planes.window.out[1] - narrow)
+                            value = T.Bind(load(tile, slot + o * span + y * planes.pitch + at, narrow, "float32"))
+                            self.store(image, output + o, y * planes.window.out[1] + at, value, narrow)
 
     def block_rows(self, number: int, chunk: Expr, chunks: int) -> _BlockRows:
         """A loop over the block rows of a chunk."""
@@ -380,7 +347,7 @@ class _Writer:
         spmm = self.spmm
         row = output + image * spmm.outputs
         value = spmm.epilogue.apply(value, self.extra, row, pixel, lanes, "float32")
-        store(self.named["y"], row * spmm.source.pixels + pixel, value, lanes, "float32")
+        store(self.named["y"], row * math.prod(spmm.planes.window.out) + pixel, value, lanes, "float32")
 
 
 class _BlockRows:

@@ -24,7 +24,8 @@ from graphopt.cost.register_tile import LOADS_PER_CYCLE, registers
 from graphopt.targets.target import Isa, Target
 
 HEIGHTS = (1, 2, 4, 8)
-L2_BYTES_PER_CYCLE = 32
+L2_BYTES_PER_CYCLE = 40
+LINE_BYTES = 64
 # Cycles of a block row beside its blocks: the end of its loop is mispredicted, results are stored.
 ROW_CYCLES = 14.0
 
@@ -92,24 +93,34 @@ def most_vectors(height: int, isa: Isa) -> int:
 
 
 @lru_cache(maxsize=1 << 14)
-def block_cycles(height: int, vectors: int, isa: Isa, panel_bytes: int, l1d_bytes: int) -> float:
-    """Estimate for one block: arithmetic, loads, and X from the second-level cache where a panel of it is too large."""
+def block_cycles(height: int, vectors: int, isa: Isa, panel_bytes: int, l1d_bytes: int, aligned: bool = True) -> float:
+    """Estimate for one block: arithmetic, loads, and X from the second-level cache where a panel of it is too large.
+
+    Of vectors that do not begin at their boundaries, some touch two cache lines: with 64 bytes nearly all of them do.
+    """
     products = height * vectors
     arithmetic = max(products * (1 if isa.has_fma else 2) / isa.fma_per_cycle, float(isa.fma_latency_cycles))
-    loads = (1 + height + vectors) / LOADS_PER_CYCLE
-    far = vectors * isa.vector_bits / 8 / L2_BYTES_PER_CYCLE if panel_bytes > 0.8 * l1d_bytes else 0.0
+    lines = vectors * (1.0 if aligned else 1 + isa.vector_bits / 8 / LINE_BYTES)
+    loads = (1 + height + lines) / LOADS_PER_CYCLE
+    far = lines * isa.vector_bits / 8 / L2_BYTES_PER_CYCLE if panel_bytes > 0.8 * l1d_bytes else 0.0
     return max(arithmetic, loads, far) + 0.3
 
 
 def product_cycles(
-    block_rows: int, blocks: int, height: int, panels: Sequence[Panels], inputs: int, target: Target
+    block_rows: int,
+    blocks: int,
+    height: int,
+    panels: Sequence[Panels],
+    inputs: int,
+    aligned: bool,
+    target: Target,
 ) -> float:
     """Estimate for a section: `blocks` blocks in `block_rows` rows, for all panels; `inputs` rows of X are read."""
     total = 0.0
     for group in panels:
         vectors = len(group.places)
         panel_bytes = inputs * vectors * target.isa.vector_bits // 8
-        each = block_cycles(height, vectors, target.isa, panel_bytes, target.l1d_bytes)
+        each = block_cycles(height, vectors, target.isa, panel_bytes, target.l1d_bytes, aligned)
         total += group.count * (blocks * each + block_rows * (ROW_CYCLES + height * vectors))
     return total
 
