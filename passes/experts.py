@@ -233,7 +233,7 @@ def _dense(axes: Axes, atom: Axis, stacks: Sequence[Node]) -> Mixture | str | No
         node
         for node in axes.program.graph.nodes
         if _name(node) in _PRODUCTS
-        and results_of(axes.dims[node])[0][-1:] == [atom]
+        and [find(axis) for axis in results_of(axes.dims[node])[0][-1:]] == [atom]
         and not set(stacks) & set(_up(node))
     ]
     if not routers:

@@ -18,7 +18,7 @@ from graphopt.passes.experts import mixtures
 from graphopt.passes.merge_experts import MergeExperts, Usage, aligned, assign, average_of, dominant, rewrite
 from tests.programs import assert_same
 
-FORMS = ("dense", "soft", "gather", "grouped")
+FORMS = ("dense", "scaled", "soft", "gather", "grouped")
 EXPERTS, DIM, HIDDEN = 6, 12, 10
 
 
@@ -39,6 +39,13 @@ class Experts(nn.Module):
         self.up, self.down = nn.Parameter(up), nn.Parameter(down / 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.form == "scaled":  # all experts run on all tokens, and their results are multiplied with a gate
+            scores = self.router(x).softmax(-1)
+            weights, places = scores.topk(2, -1)
+            full = torch.zeros_like(scores).scatter(-1, places, weights / weights.sum(-1, keepdim=True))
+            gate, up = torch.einsum("btd,edf->btef", x, self.up).chunk(2, -1)
+            each = torch.einsum("btef,efd->bted", F.silu(gate) * up, self.down)
+            return x + (each * full.unsqueeze(-1)).sum(2)
         y = x.flatten(0, 1)
         scores = self.router(y).softmax(-1)
         weights, places = scores.topk(2, -1)
