@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.arrays import Array, to_numpy, to_torch
-from graphopt.errors import BadCalibration
+from graphopt.errors import BadCalibration, BadSample
 from graphopt.program import Program
 from graphopt.samples import Gather, Refuse, Row, batch_of, parted, samples_in
 from graphopt.user_code import call, names_function
@@ -56,7 +56,7 @@ class Calibration(Sequence[dict[str, Tensor]]):
         return f"<Calibration {self.origin}: {len(self)} batches{with_labels}>"
 
 
-def calibration(source: Source, program: Program, *, limit: int = LIMIT) -> Calibration:
+def calibration(source: Source, program: Program, *, limit: int = LIMIT, finite: bool = True) -> Calibration:
     """Read calibration data for a program.
 
     Args:
@@ -75,6 +75,7 @@ def calibration(source: Source, program: Program, *, limit: int = LIMIT) -> Cali
             left over behind the last full batch is dropped.
         program: says names, shapes and dtypes. Dtypes are converted where every value survives that.
         limit: samples that are kept, at most, but one batch in any case.
+        finite: refuse NaN and infinity: one of them makes a statistic useless, and every score that is made of it.
 
     Raises:
         BadSample, SampleNotFound: a file cannot be used.
@@ -95,6 +96,7 @@ def calibration(source: Source, program: Program, *, limit: int = LIMIT) -> Cali
         if examples is None:
             raise _refusal(program, program.name, "has no example inputs, and no calibration data was given")
         return Calibration((examples,), origin="example inputs", is_example=True)
+    from_file = isinstance(source, str | os.PathLike)
     if isinstance(source, str | os.PathLike):
         origin = os.fspath(source)
         rows: Iterator[Row] = samples_in(source, program.inputs)
@@ -102,6 +104,8 @@ def calibration(source: Source, program: Program, *, limit: int = LIMIT) -> Cali
         rows = _rows(source, program, origin)
     batch = batch_of(program.inputs[0]) if program.inputs else 1
     kept = list(islice(rows, max(1, limit // batch)))
+    if finite and (what := _not_finite(kept)) is not None:
+        raise BadSample(file=origin, what=what) if from_file else _refusal(program, origin, what)
     if next(rows, None) is not None:
         log.info("%s: has more than %d samples; the others are not used", origin, limit)
     batches = tuple(
@@ -109,6 +113,16 @@ def calibration(source: Source, program: Program, *, limit: int = LIMIT) -> Cali
     )
     labels = tuple(_label_tensor(row.labels) for row in kept if row.labels is not None)
     return Calibration(batches, labels or None, origin, marked)
+
+
+def _not_finite(rows: Sequence[Row]) -> str | None:
+    """Which array has numbers that are none, how many and where; None where all are finite."""
+    for place, row in enumerate(rows):
+        arrays = dict(row.inputs) if row.labels is None else {**row.inputs, "labels": row.labels}
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biu" and (count := int((~np.isfinite(array)).sum())):
+                return f"{name} has {count} of {array.size} numbers NaN or infinite in batch {place + 1} of {len(rows)}"
+    return None
 
 
 def _rows(source: Any, program: Program, origin: str) -> Iterator[Row]:

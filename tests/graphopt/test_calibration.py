@@ -180,6 +180,11 @@ def test_samples_are_copies() -> None:
         ([(X, LABELS), X], BadCalibration, "has labels for some samples only"),
         ([X[:1], (X, LABELS)], BadCalibration, "has labels for some samples only"),
         ([(X[:1], LABELS[:1]), (X, X)], BadCalibration, r"labels of shape \[3\] come after some of shape \[\]"),
+        (
+            [X, torch.full((2, 3), torch.nan)],
+            BadCalibration,
+            "input has 6 of 6 numbers NaN or infinite in batch 5 of 5",
+        ),
         (["text"], BadCalibration, "input is a str, not a tensor"),
         (3, BadCalibration, "a int gives no samples"),
         (f"{DATA}:nothing", BadCalibration, f"{DATA}:nothing: returned None"),
@@ -202,6 +207,7 @@ def test_bad_input(source: Any, error: type[GraphoptError], message: str) -> Non
         ({"ids": np.zeros((2, 4), np.int64)}, "has no array mask; it has ids"),
         ({"ids": np.zeros((2, 4), np.int64), "mask": np.zeros((3, 4, 1), np.float32)}, "different numbers of samples"),
         ({"ids": np.zeros((0, 4), np.int64), "mask": np.zeros((0, 4, 1), np.float32)}, "has no samples"),
+        ({"ids": np.zeros((1, 4), np.int64), "mask": np.full((1, 4, 1), np.inf, "f4")}, "mask has 4 of 4"),
     ],
 )
 def test_bad_files(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
