@@ -50,7 +50,7 @@ class Budget:
     def show(self, value: float, full: float) -> str:
         """A value of the quantity as the user may write it, rounded up: `0.41`, `1.3G`, `8.2ms`."""
         if not self.absolute:
-            return f"{math.ceil(value / full * 1e3 - 1e-9) / 1e3:g}"
+            return _up(value / full)
         if self.kind == "latency":
             return f"{_up(value * 1e3)}ms"
         for unit, name in _UNITS:
@@ -62,7 +62,8 @@ class Budget:
 def _up(value: float) -> str:
     """Three digits that count, rounded up."""
     digits = 3 - 1 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{math.ceil(value * 10.0**digits - 1e-9) / 10.0**digits:g}"
+    # Powers of ten as strings have them: 10.0**-3 and dividing by it would round twice.
+    return f"{float(f'{math.ceil(value * 10.0**digits - 1e-9)}e{-digits}'):g}"
 
 
 class Meter:

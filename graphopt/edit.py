@@ -37,6 +37,7 @@ class Edit:
         self.graph = self.exported.graph
         self.changed: Counter[str] = Counter()
         self.declined: list[Decline] = []
+        self.notes: list[str] = []
         self.details: list[dict[str, Any]] = []
         self.formats: dict[str, Format | None] = {}
         signature = self.exported.graph_signature
@@ -53,6 +54,10 @@ class Edit:
     def decline(self, node: Node, reason: str) -> None:
         """Note that a rule looked at `node` and did not apply."""
         self.declined.append(Decline(place(node), reason))
+
+    def note(self, text: str) -> None:
+        """Say something that whoever asked for the pass should read without asking."""
+        self.notes.append(text)
 
     def annotate(self, target: str, form: Format | None) -> None:
         """Say what the zeros of a weight are, once the pass is done (None: it is to be taken as dense).

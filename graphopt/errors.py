@@ -400,6 +400,14 @@ class BudgetUnreachable(GraphoptError):
     hint = "ask for {least}, or see what is held back with `graphopt inspect MODEL --pinned`"
 
 
+class NothingToCut(BudgetUnreachable):
+    """A budget for a pass that finds nothing in the program that it could cut."""
+
+    code = "nothing-to-cut"
+    message = "{file}: --{kind} {asked} cannot be met, because {name} finds nothing to cut: {reason}"
+    hint = "`graphopt inspect --axes MODEL` lists what may shrink, `graphopt passes` what other passes cut"
+
+
 class CannotShrink(GraphoptError):
     """An axis that must not shrink, or indices that it does not have."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -25,6 +26,8 @@ from graphopt.record import Record
 
 if TYPE_CHECKING:
     from graphopt.targets.target import Target
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
@@ -84,7 +87,7 @@ def optimize(
     Args:
         source: a Program, an nn.Module, an exported program, or the path of a model file.
         passes: names, as `--pass` takes them, or passes; none: DEFAULT_PASS.
-        recipe: a Recipe or the path of a TOML file, instead of `passes`.
+        recipe: a Recipe or the path of a TOML file, whose passes run before `passes`.
         options: options for all passes that have them (criterion, allocation, ...).
         calibration: data, as `graphopt.calibration.calibration` takes it.
         target: what the result shall run on: extents are rounded to what it likes, latency is that on it.
@@ -120,18 +123,22 @@ def _target(name: str) -> Target:
 def plan(
     passes: Sequence[str | Step | Pass], recipe: Recipe | str | os.PathLike[str] | None, options: Mapping[str, Any]
 ) -> Recipe | list[Pass]:
-    """What shall run, from what the user may give. Raises BadRecipe where the recipe file is none."""
+    """What shall run, from what the user may give: the passes of the recipe, then `passes`; options of the user's hold
+    for all of them, and come before those that the recipe has for all.
+
+    Raises:
+        BadRecipe: the recipe file is none.
+    """
     if ready := [item for item in passes if isinstance(item, Pass)]:
         assert len(ready) == len(passes), "passes are ready, or by name"
         assert recipe is None, "passes that are ready need no recipe"
         assert not options, "passes that are ready have their options"
         return ready
-    if isinstance(recipe, Recipe):
-        return Recipe(recipe.steps, {**recipe.shared, **options}, recipe.name)
-    if recipe is not None:
-        return plan((), read(recipe), options)
     steps = tuple(parse_step(item) if isinstance(item, str) else item for item in passes)
-    return Recipe(steps or (Step(DEFAULT_PASS, {}),), options, "passes")  # type: ignore[arg-type]
+    if recipe is None:
+        return Recipe(steps or (Step(DEFAULT_PASS, {}),), options, "passes")  # type: ignore[arg-type]
+    own = recipe if isinstance(recipe, Recipe) else read(recipe)
+    return Recipe((*own.steps, *steps), {**own.shared, **options}, own.name)  # type: ignore[arg-type]
 
 
 def reduction(
@@ -156,15 +163,26 @@ def reduce(
     progress: Progress | None = None,
     dump: Path | None = None,
 ) -> Outcome:
-    """Prepare a program, run the passes, and measure on the calibration data what was lost."""
+    """Prepare a program, run the passes, and measure on the calibration data what was lost.
+
+    What the passes have to say without being asked (`remarks`) is logged, too.
+    """
     step = progress or (lambda _: None)
     data = read_calibration(calibration, program)
     given = None if data.is_example else data
     passes = passes_of(recipe, calibration=given, target=target) if isinstance(recipe, Recipe) else list(recipe)
     before = run_passes(program, PREPARE, progress=lambda name, *_: step(f"preparing: {name}"))
     after = run_passes(before, passes, progress=lambda name, *_: step(f"reducing: {name}"), dump=dump)
+    records = after.records[len(before.records) :]
+    for text in remarks(records):
+        log.warning("%s", text)
     step("comparing")
-    return Outcome(program, before, after, after.records[len(before.records) :], agreement(before, after, data), data)
+    return Outcome(program, before, after, records, agreement(before, after, data), data)
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """What the passes have to say without being asked, each sentence with the pass's name."""
+    return [f"{record.name}: {text}" for record in records for text in record.remarks]
 
 
 def agreement(before: Program, after: Program, data: Calibration) -> tuple[Agreement, ...]:

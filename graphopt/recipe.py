@@ -9,12 +9,15 @@ name = "prune-channels"
 [[pass]]
 name = "prune-heads"
 criterion = "l2"                # its own come first
+
+Passes that the command line names run behind those of the file, and its options come before the shared ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -31,6 +34,10 @@ from graphopt.errors import BadRecipe, UnknownPass
 if TYPE_CHECKING:
     from graphopt.passes.base import Pass
 
+# What options are called on the command line, where passes call them something else.
+_ALIASES = {"round_to": "step"}
+# Below this an amount without a unit is taken for a slip: 1.5 for 1.5G, or 50 for 50%.
+_LEAST_AMOUNT = 1000
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _AMOUNT = re.compile(r"(?P<number>\d*\.?\d+(e[+-]?\d+)?)\s*(?P<unit>[a-z%]*)", re.IGNORECASE)
@@ -59,6 +66,8 @@ def parse_budget(kind: str, text: object) -> Budget:
     if match is None:
         raise BadRecipe(what=f"--{kind} {text}", reason="is no amount", way_out=_amounts(kind))
     number, unit = float(match["number"]), match["unit"].lower()
+    if not math.isfinite(number):
+        raise BadRecipe(what=f"--{kind} {text}", reason="is infinite", way_out=_amounts(kind))
     if unit == "%":
         number, unit = number / 100, ""
     if number <= 0 or (match["unit"] == "%" and number > 1):
@@ -69,11 +78,15 @@ def parse_budget(kind: str, text: object) -> Budget:
     unit = unit.removesuffix("b") if kind == "bytes" else unit
     if unit not in units or (kind == "latency" and not unit):
         raise BadRecipe(what=f"--{kind} {text}", reason="has no unit that fits", way_out=_amounts(kind))
+    if not match["unit"] and number < _LEAST_AMOUNT:
+        reason = "is neither a share, which is at most 1, nor an amount with a unit"
+        raise BadRecipe(what=f"--{kind} {text}", reason=reason, way_out=_amounts(kind))
     return Budget(kind, number * units[unit], absolute=True)
 
 
 def _amounts(kind: str) -> str:
-    return f"give the share that stays, as --{kind} 0.5, or an amount, as " + ("8ms" if kind == "latency" else "1.2G")
+    unit = {"latency": "8ms", "bytes": "1.5MB", "params": "1.5M"}.get(kind, "1.5G")
+    return f"give the share that stays, as --{kind} 0.5, or an amount with its unit, as --{kind} {unit}"
 
 
 def parse_step(text: str) -> Step:
@@ -84,8 +97,14 @@ def parse_step(text: str) -> Step:
         key, equals, value = item.partition("=")
         if not equals:
             raise BadRecipe(what=f"--pass {text}", reason=f"{item!r} is not name=value", way_out=_PASS)
-        options[key.strip().replace("-", "_")] = value.strip()
+        options[_key(key)] = value.strip()
     return Step(name.strip(), options)
+
+
+def _key(text: str) -> str:
+    """The option that a name from the user is."""
+    name = text.strip().replace("-", "_")
+    return _ALIASES.get(name, name)
 
 
 _PASS = "write --pass NAME or --pass NAME:option=value,option=value; `graphopt passes NAME` lists the options"
@@ -115,9 +134,17 @@ def read(path: str | os.PathLike[str]) -> Recipe:
     for number, table in enumerate(tables, 1):
         if not isinstance(table.get("name"), str):
             raise BadRecipe(what=file, reason=f"pass {number} has no name", way_out='write name = "prune-channels"')
-        options = {key.replace("-", "_"): value for key, value in table.items() if key != "name"}
+        options = _keyed(file, {key: value for key, value in table.items() if key != "name"})
         steps.append(Step(table["name"], options))
-    return Recipe(tuple(steps), {key.replace("-", "_"): value for key, value in data.items()}, name)
+    return Recipe(tuple(steps), _keyed(file, data), name)
+
+
+def _keyed(file: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table by the names of options. Raises BadRecipe where two of its keys are one option."""
+    keyed = {_key(key): value for key, value in table.items()}
+    if len(keyed) < len(table):
+        raise BadRecipe(what=file, reason=f"{', '.join(table)}: one option twice", way_out="give each option once")
+    return keyed
 
 
 def passes_of(recipe: Recipe, **context: Any) -> list[Pass]:
@@ -172,7 +199,8 @@ def _together(made: list[Pass], recipe: Recipe) -> list[Pass]:
     common = [
         {name: getattr(item, name) for name in options_of(Reduction)} for item in sharing if isinstance(item, Reduction)
     ]
-    simple = all(options_of(type(item)).keys() == options_of(Reduction).keys() for item in sharing)
+    own = options_of(Reduction).keys()
+    simple = all(isinstance(item, Prune) or options_of(type(item)).keys() == own for item in sharing)
     if len(common) < len(sharing) or not simple or any(options != common[0] for options in common):
         raise BadRecipe(
             what=recipe.name,

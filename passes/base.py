@@ -37,7 +37,8 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, edit: Edit) -> None:
-        """Change `edit.graph`; count what is done with `edit.count` and explain the rest with `edit.decline`."""
+        """Change `edit.graph`; count what is done with `edit.count`, explain the rest with `edit.decline`, and say
+        with `edit.note` what nobody should have to ask for."""
 
     def __call__(self, program: Program) -> Program:
         """The program after this pass, with one more record; the one given is unchanged.
@@ -57,6 +58,7 @@ class Pass(ABC):
             name=self.name,
             changed=dict(edit.changed),
             declined=tuple(edit.declined),
+            notes=tuple(edit.notes),
             details=tuple(edit.details),
             flops_before=before_cost.total.flops,
             flops_after=after_cost.total.flops,

@@ -15,6 +15,7 @@ from graphopt.edit import Edit
 from graphopt.errors import BadOption, Decline
 from graphopt.exported import op_name
 from graphopt.passes.base import Pass
+from graphopt.passes.checks import check_count, check_share
 from graphopt.passes.experts import Mixture, mixtures
 
 _aten = torch.ops.aten
@@ -54,6 +55,10 @@ class DecomposeExperts(Pass):
     def apply(self, edit: Edit) -> None:
         if (self.rank is None) == (self.keep is None):
             raise BadOption(what=f"{self.name} takes one of rank and keep", way_out="give rank=32 or keep=0.3")
+        check_count(self.name, "rank", self.rank)
+        check_share(self.name, "keep", self.keep)
+        if not 0 <= self.rows <= 1:
+            raise BadOption(what=f"{self.name}: rows={self.rows:g}", way_out="give a share of outputs, from 0 to 1")
         found, declined = mixtures(infer(edit.program))
         for node, reason in declined:
             edit.decline(node, reason)

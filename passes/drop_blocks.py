@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,8 +15,9 @@ from graphopt.budget import Budget
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, Decline
 from graphopt.passes.base import Pass
+from graphopt.passes.checks import check_count, check_included, check_share, matches, not_excluded
 from graphopt.passes.residual import Branch, branches, dying
-from graphopt.passes.sizes import amount, limit, unreachable
+from graphopt.passes.sizes import amount, limit, nothing, unreachable
 from graphopt.program import Program
 
 
@@ -66,33 +66,38 @@ class DropBlocks(Pass):
             raise BadOption(
                 what=f"{self.name} takes one of budget, keep and drop", way_out="give --flops 0.5, keep=0.5 or drop=2"
             )
+        check_count(self.name, "drop", self.drop)
+        check_share(self.name, "keep", self.keep)
         from graphopt.calibration import calibration
 
         program = edit.program
         found, declined = branches(program)
         edit.declined += declined
-        blocks = self._blocks(found)
+        names = self._named(found)
+        check_included(self.name, self.include, list(names), "residual block")
+        edit.notes += not_excluded(self.exclude, list(names), "residual block")
+        blocks = {name: own for name, own in names.items() if not self.include or matches(name, self.include)}
+        blocks = {name: own for name, own in blocks.items() if not matches(name, self.exclude)}
         if not blocks:
-            edit.declined.append(Decline(program.name, "there is no residual block"))
+            reason = "all residual blocks are excluded" if names else "there is no residual block"
+            edit.declined.append(Decline(program.name, reason))
+            if self.budget is not None and amount(program, self.budget.kind) > limit(program, self.budget):
+                raise nothing(program, self.budget, self.name, reason)
         data = calibration(self.calibration, program) if blocks else ()
         for name, score in self._choose(program, blocks, data).items():
             edit.details.append({"block": name, "score": score})
             remove(edit, blocks[name])
             edit.count("block")
 
-    def _blocks(self, found: Sequence[Branch]) -> dict[str, list[Branch]]:
-        """The blocks that may go by name, in order."""
+    def _named(self, found: Sequence[Branch]) -> dict[str, list[Branch]]:
+        """The blocks by name, in order."""
         blocks: dict[str, list[Branch]] = {}
         for branch in found:
             name = branch.unit if self.unit == "layer" else branch.name
             if self.unit == "branch" and name in blocks:
                 name = f"{name}#{sum(key.partition('#')[0] == name for key in blocks) + 1}"
             blocks.setdefault(name, []).append(branch)
-        return {
-            name: group
-            for name, group in blocks.items()
-            if (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
-        }
+        return blocks
 
     def _choose(
         self, program: Program, blocks: Mapping[str, list[Branch]], data: Sequence[Mapping[str, Tensor]]
@@ -216,7 +221,3 @@ def _channels_last(program: Program, blocks: Mapping[str, list[Branch]]) -> dict
         name: not all("conv" in str(layer.target) for branch in group for layer in branch.layers)
         for name, group in blocks.items()
     }
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

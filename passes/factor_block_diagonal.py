@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from graphopt.edit import Edit
 from graphopt.exported import op_name
+from graphopt.passes.checks import check_count
 from graphopt.passes.factoring import Factoring, Factors, Seen
 from graphopt.passes.layers import LINEAR, Layer, layer_of
 
@@ -46,6 +47,11 @@ class FactorBlockDiagonal(Factoring):
 
     form: Literal["shuffle", "dense"] = "shuffle"
     blocks: int = 4
+
+    def check(self) -> None:
+        """See Factoring."""
+        super().check()
+        check_count(self.name, "blocks", self.blocks)
 
     @property
     def grid(self) -> tuple[int, int]:

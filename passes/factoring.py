@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,12 +14,13 @@ from torch.fx import Node
 from graphopt.axes import Axes, atoms, infer
 from graphopt.budget import Budget
 from graphopt.edit import Edit
-from graphopt.errors import BadOption
+from graphopt.errors import BadOption, Decline
 from graphopt.exported import op_name
 from graphopt.passes.base import Pass
+from graphopt.passes.checks import check_count, check_included, check_share, matches, not_excluded
 from graphopt.passes.layers import LINEAR, Layer, layer_of, samples_of
 from graphopt.passes.ranks import Choice, choose
-from graphopt.passes.sizes import amount, limit
+from graphopt.passes.sizes import amount, limit, nothing
 from graphopt.program import Program
 
 # Second moments (ins, ins) and the mean (ins,) of what a layer reads.
@@ -78,17 +78,30 @@ class Factoring(Pass):
         """As `layer_of`, and why a layer cannot be taken apart in this way."""
         return layer_of(edit, node)
 
-    # The pass ---------------------------------------------------------------------------------------------------------
-
-    def apply(self, edit: Edit) -> None:
-        """See Pass."""
+    def check(self) -> None:
+        """Options that contradict each other or mean nothing. Raises BadOption."""
         if sum(value is not None for value in (self.budget, self.keep, self.rank)) != 1:
             raise BadOption(
                 what=f"{self.name} takes one of budget, keep and rank",
                 way_out="give --flops 0.5, or keep=0.5, or rank=64",
             )
+        check_count(self.name, "rank", self.rank)
+        check_count(self.name, "step", self.step)
+        check_share(self.name, "keep", self.keep)
+
+    # The pass ---------------------------------------------------------------------------------------------------------
+
+    def apply(self, edit: Edit) -> None:
+        """See Pass."""
+        self.check()
         program = edit.program
         layers = self._layers(edit, program)
+        if not layers:
+            reason = "no layer is left" if self.include else "there is no linear layer of a feed-forward network"
+            if not edit.declined:
+                edit.declined.append(Decline(program.name, reason))
+            if self.budget is not None and amount(program, self.budget.kind) > limit(program, self.budget):
+                raise nothing(program, self.budget, self.name, reason)
         seen = self._seen(program, layers)
         found = {}
         for layer in layers:
@@ -109,12 +122,15 @@ class Factoring(Pass):
         wanted = None if self.include else feed_forward(infer(program))
         storages = Counter(tensor.untyped_storage().data_ptr() for tensor in program.tensors.values())
         found: list[Layer] = []
+        names = []
         for node in edit.graph.nodes:
             if wanted is not None and node.name not in wanted:
                 continue
             layer = self.layer(edit, node)
             if isinstance(layer, str):
                 edit.decline(node, layer)
+            if isinstance(layer, Layer):
+                names.append(layer.name)
             if not isinstance(layer, Layer) or matches(layer.name, self.exclude):
                 continue
             weight = edit.tensor(layer.node.args[1])
@@ -124,6 +140,8 @@ class Factoring(Pass):
                 edit.decline(node, "its weight is tied to another tensor")
                 continue
             found.append(layer)
+        check_included(self.name, self.include, names, "layer")
+        edit.notes += not_excluded(self.exclude, names, "layer")
         if self.dense_first and found:
             first = found[0].name.rpartition(".")[0]
             found = [layer for layer in found if layer.name.rpartition(".")[0] != first]
@@ -195,11 +213,6 @@ def feed_forward(axes: Axes) -> set[str]:
             if any(axes.role(atom) == "neuron" and atom.pinned is None for atom in own):
                 found.add(node.name)
     return found
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name is as one of the patterns says."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _lost(energy: Tensor, ranks: Sequence[int | None]) -> list[float]:

@@ -17,6 +17,7 @@ from graphopt.axes import infer
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, Decline, ToolMissing
 from graphopt.passes.base import Pass
+from graphopt.passes.checks import check_count, check_share
 from graphopt.passes.experts import Hidden, Mixture, mixtures
 from graphopt.program import Program
 
@@ -73,6 +74,9 @@ class MergeExperts(Pass):
     def apply(self, edit: Edit) -> None:
         if (self.groups is None) == (self.keep is None):
             raise BadOption(what=f"{self.name} takes one of groups and keep", way_out="give groups=8 or keep=0.25")
+        check_count(self.name, "groups", self.groups)
+        check_count(self.name, "capacity", self.capacity)
+        check_share(self.name, "keep", self.keep)
         program = edit.program
         found, declined = mixtures(infer(program))
         for node, reason in declined:

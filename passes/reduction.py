@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,13 +17,15 @@ from graphopt.budget import SLACK, Budget, Meter, meter
 from graphopt.compensate import compensate_in
 from graphopt.cost import alignment
 from graphopt.edit import Edit
-from graphopt.errors import BadOption, Decline
+from graphopt.errors import BadOption, Decline, NothingToCut
 from graphopt.passes import allocation as allocations
 from graphopt.passes import criteria
 from graphopt.passes.allocation.base import Allocation, Problem, ladder, top
 from graphopt.passes.base import Pass
+from graphopt.passes.checks import check_included, matches, not_excluded
 from graphopt.passes.criteria.base import Criterion
 from graphopt.passes.query_groups import outer_of, rows_of
+from graphopt.passes.rounding import Rounding, nearest_to_budget, rounding
 from graphopt.shrink import shrink_in
 
 if TYPE_CHECKING:
@@ -35,13 +35,12 @@ if TYPE_CHECKING:
 # Without a target: roles whose items are counted, not vectorised, are not rounded, the others to this.
 _COUNTED = ("head", "query_group", "expert", "token")
 _PREFERRED = 8
-# An axis keeps at least so many rungs: its step is halved until it has.
-_RUNGS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a reduction will do: the indices that stay of each axis that is cut, by what scores, and what it left alone.
+    """What a reduction will do: the indices that stay of each axis that is cut, by what scores, what it left alone, and
+    what whoever asked should know.
 
     `merge` says for some of the axes how what is dropped folds into what stays, as `shrink` takes it.
     """
@@ -49,6 +48,7 @@ class Plan:
     keep: Mapping[Any, Tensor]
     scores: Mapping[Axis, Tensor]
     declined: Sequence[Decline] = ()
+    notes: Sequence[str] = ()
     merge: Mapping[Any, Tensor] = field(default_factory=dict)
 
     @property
@@ -64,10 +64,10 @@ class Reduction(Pass):
     budget: what the whole program may cost; or
     keep: the share of every axis that stays. Exactly one of the two is given.
     criterion, allocation: names, with options as in `optin:lam=10`.
-    include, exclude: patterns of axis labels (`c3`), of places (`layer3.*`), as `Axes.where` gives them.
+    include, exclude: patterns of axis labels (`c3`), or of tensors that have an axis as an output (`layer3.*`).
     min_keep: the share of every axis that stays in any case; one item always does.
-    step: what stays is a multiple of it; "auto" asks the target, 1 rounds nothing. Axes of fewer than four steps get
-        half the step, and so on.
+    step: what stays is a multiple of it, on axes that are longer; 1 rounds nothing. "auto" asks the target: axes of
+        fewer than four steps get half the step, and so on, and so do all where the budget is not met within 2 % so.
     calibration: data for criteria and allocations that measure; the example inputs where there is none.
     target: what "auto" and latency refer to.
     compensate: fit the layers behind the cut anew on the calibration data; where such is given, if it is not said.
@@ -128,6 +128,7 @@ class Reduction(Pass):
         axes = infer(edit.program)
         plan = self.plan(axes)
         edit.declined += plan.declined
+        edit.notes += plan.notes
         if plan.keep:
             shrink_in(edit, axes, plan.keep, merge=plan.merge)
         for axis in plan.cut:
@@ -142,20 +143,27 @@ class Reduction(Pass):
         """What stays of which axis, without changing anything. Raises BadOption, BudgetUnreachable."""
         self.check()
         declined: list[Decline] = []
+        notes = self.check_patterns(axes)
         wanted = self.wanted(axes, declined)
         if not wanted:
-            declined.append(Decline(axes.program.name, f"no free axis of role {' or '.join(self.cut_roles)}"))
+            roles = " or ".join(self.cut_roles)
+            left = (
+                f"include and exclude leave no axis of role {roles}"
+                if self.pick(axes)
+                else f"no free axis of role {roles}"
+            )
+            declined.append(Decline(axes.program.name, left))
             if self.budget is None:
-                return Plan({}, {}, declined)
+                return Plan({}, {}, declined, notes)
         given = self.score(axes, wanted, declined) if wanted else {}
         scores = {axis: by_rank(own) for axis, own in given.items()}
-        sizes = self.allocate(axes, scores, declined)
+        sizes = self.allocate(axes, scores, declined, notes)
         keep = {}
         for axis, size in sizes.items():
             if size < axis.extent:
                 key, kept = self.chosen(axes, axis, given[axis], size)
                 keep[key] = kept
-        return Plan(keep, scores, declined)
+        return Plan(keep, scores, declined, notes)
 
     def chosen(self, axes: Axes, axis: Axis, scores: Tensor, size: int) -> tuple[Any, Tensor]:
         """Which items of an axis stay, as `shrink` takes them: what to call the axis, and the indices."""
@@ -177,6 +185,15 @@ class Reduction(Pass):
         if self.budget is not None and self.budget.kind == "latency" and self.target is None:
             raise BadOption(what=f"{self.name} has a latency budget and no target", way_out="name it with --target")
 
+    def check_patterns(self, axes: Axes) -> list[str]:
+        """Notes on patterns of `exclude` that match no axis. Raises BadOption where one of `include` matches none."""
+        if not self.include and not self.exclude:
+            return []
+        names = [name for axis in axes.atoms for name in names_of(axes, axis)]
+        shown = [axes.where(axis) for axis in self.pick(axes)]
+        check_included(self.name, self.include, names, "axis", shown)
+        return not_excluded(self.exclude, names, "axis", shown)
+
     def wanted(self, axes: Axes, declined: list[Decline]) -> tuple[Axis, ...]:
         """The axes to cut; declines those of these roles that are pinned."""
         for axis in axes.atoms:
@@ -184,11 +201,11 @@ class Reduction(Pass):
                 declined.append(Decline(f"{axis.label} ({axes.where(axis)})", f"axis is pinned: {axis.pinned}"))
         chosen = []
         for axis in self.pick(axes):
-            names = (axis.label, axes.where(axis))
-            if self.include and not _matches(names, self.include):
+            names = names_of(axes, axis)
+            if self.include and not any(matches(name, self.include) for name in names):
                 continue
-            if _matches(names, self.exclude):
-                declined.append(Decline(f"{axis.label} ({names[1]})", "excluded"))
+            if any(matches(name, self.exclude) for name in names):
+                declined.append(Decline(f"{axis.label} ({axes.where(axis)})", "excluded"))
                 continue
             chosen.append(axis)
         return tuple(chosen)
@@ -217,46 +234,63 @@ class Reduction(Pass):
 
         return calibration(self.calibration, axes.program)
 
-    def allocate(self, axes: Axes, scores: Mapping[Axis, Tensor], declined: list[Decline]) -> dict[Axis, int]:
-        """Sizes by axis; declines to use all of the budget where steps leave more than SLACK of it."""
-        steps = {
-            axis: math.lcm(fitted_step(self.step_of(axes, axis), axis.extent), axes.multiple(axis)) for axis in scores
-        }
+    def allocate(
+        self, axes: Axes, scores: Mapping[Axis, Tensor], declined: list[Decline], notes: list[str]
+    ) -> dict[Axis, int]:
+        """Sizes by axis; notes where steps leave more than SLACK of the budget. Raises BudgetUnreachable."""
+        first = self.rounding(axes, scores, notes)
         floors = {axis: self.floor_of(axes, axis) for axis in scores}
         if self.budget is None:
             assert self.keep is not None
+            steps = first.fitted(axes)
             ladders = {axis: ladder(axis.extent, steps[axis], floors[axis]) for axis in scores}
             return {axis: nearest(sizes, self.keep * axis.extent) for axis, sizes in ladders.items()}
-        gauge = self.gauge(axes, tuple(scores))
-        problem = Problem(
-            axes=axes,
-            scores=scores,
-            comparable=self.made_criterion().comparable,
-            meter=gauge,
-            limit=self.budget.limit(gauge.full),
-            step=steps,
-            floor=floors,
-            calibration=partial(self.read_calibration, axes),
-        )
-        sizes = self.made_allocation().sizes(problem, self.budget)
-        got = gauge(sizes)
-        if got < (1 - SLACK) * problem.limit and got < gauge.full:
-            used, asked = (self.budget.show(value, gauge.full) for value in (got, problem.limit))
-            reason = f"{used} of {asked} {self.budget.kind} is used: no step comes nearer; step=1 rounds nothing"
+        budget, gauge = self.budget, self.gauge(axes, tuple(scores))
+        limit = budget.limit(gauge.full)
+        if gauge.full <= limit:
+            has, asked = (budget.show(value, gauge.full) for value in (gauge.full, limit))
+            reason = f"the budget is met as it is: {has} of the {asked} {budget.kind} that may stay"
             declined.append(Decline(axes.program.name, reason))
-        return sizes
+        elif not scores:
+            asked, reason = budget.show(limit, gauge.full), declined[-1].reason
+            raise NothingToCut(file=axes.program.name, kind=budget.kind, asked=asked, name=self.name, reason=reason)
+
+        def solve(trial: Rounding) -> tuple[dict[Axis, int], float]:
+            problem = Problem(
+                axes=axes,
+                scores=scores,
+                comparable=self.made_criterion().comparable,
+                meter=gauge,
+                limit=limit,
+                step=trial.fitted(axes),
+                floor=floors,
+                calibration=partial(self.read_calibration, axes),
+            )
+            sizes = self.made_allocation().sizes(problem, budget)
+            got = gauge(sizes)
+            return sizes, 1 - got / limit if got < gauge.full else 0.0
+
+        sizes, left, used = nearest_to_budget(first, solve)
+        if used is not first:
+            reason = "some extents are rounded to less than the target wants, so that the budget is met"
+            declined.append(Decline(axes.program.name, reason))
+        if left > SLACK:
+            got, asked = (budget.show(value, gauge.full) for value in (gauge(sizes), limit))
+            finer = "; step=1 rounds nothing" if used.asked else ""
+            notes.append(f"{got} of {asked} {budget.kind} is used, because no extents come nearer{finer}")
+        return dict(sizes)
+
+    def rounding(self, axes: Axes, wanted: Iterable[Axis], notes: list[str]) -> Rounding:
+        """What the extents that stay shall be multiples of."""
+        own = self if self.step == "auto" else replace(self, step="auto")
+        extents = {axis: axis.extent for axis in wanted}
+        asked = None if self.step == "auto" else int(self.step)
+        return rounding(axes, extents, {axis: own.step_of(axes, axis) for axis in extents}, asked, notes)
 
     def gauge(self, axes: Axes, variables: Sequence[Axis]) -> Meter:
         """What measures the budget's quantity."""
         assert self.budget is not None
         return meter(self.budget.kind, axes, variables, self.on_target)
-
-
-def fitted_step(step: int, extent: int) -> int:
-    """The step, halved until the axis has at least four of it (or it is odd)."""
-    while step > 1 and extent < _RUNGS * step:
-        step = step // 2 if step % 2 == 0 else 1
-    return step
 
 
 def by_rank(scores: Tensor) -> Tensor:
@@ -272,8 +306,10 @@ def nearest(sizes: Any, wanted: float) -> int:
     return int(sizes[int(np.argmin(np.abs(np.asarray(sizes) - wanted)))])
 
 
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+def names_of(axes: Axes, axis: Axis) -> list[str]:
+    """What patterns of axes are compared with: the label, and the tensors that have the axis as an output."""
+    produced = [f"{axes.tensor_name(name)}[{dim}]" for name, dim, summed in axes.stored_in(axis) if not summed]
+    return list(dict.fromkeys([axis.label, axes.where(axis), *produced]))
 
 
 def named(kind: str, text: str, registry: Any) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from graphopt.budget import Budget
 from graphopt.cost import summary
-from graphopt.errors import BadOption, BudgetUnreachable
+from graphopt.errors import BadOption, BudgetUnreachable, NothingToCut
 from graphopt.program import Program
 
 COUNTED = ("flops", "macs", "params", "bytes")
@@ -32,7 +30,14 @@ def limit(program: Program, budget: Budget) -> float:
     return budget.amount if budget.absolute else budget.amount * whole
 
 
+def nothing(program: Program, budget: Budget, name: str, reason: str) -> NothingToCut:
+    """The error for a pass that finds nothing that it could cut. Raises as `amount`."""
+    whole = amount(program, budget.kind)
+    asked = budget.show(budget.limit(whole), whole)
+    return NothingToCut(file=program.name, kind=budget.kind, asked=asked, name=name, reason=reason)
+
+
 def unreachable(name: str, budget: Budget, least: float, whole: float) -> BudgetUnreachable:
     """The error for a program that cannot have less than `least` of the `whole` that it has."""
-    reachable = least if budget.absolute else math.ceil(least / whole * 1e3) / 1e3
-    return BudgetUnreachable(file=name, kind=budget.kind, asked=f"{budget.amount:g}", least=f"{reachable:g}")
+    asked = budget.show(budget.limit(whole), whole)
+    return BudgetUnreachable(file=name, kind=budget.kind, asked=asked, least=budget.show(least, whole))

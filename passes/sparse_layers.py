@@ -14,7 +14,7 @@ from torch.fx import Node
 from graphopt.axes.axes import operator_of
 from graphopt.edit import Edit
 from graphopt.errors import Decline
-from graphopt.passes.factoring import matches
+from graphopt.passes.checks import matches
 from graphopt.refit import Layer, layer_of
 
 # Convolutions of no more channels read the image itself: all of the signal goes through few weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +114,7 @@ def compile(
     with out.working("importing PyTorch"):
         from graphopt.optimize import reduction
         from graphopt.pipeline import build, plan
+        from graphopt.targets import resolve
         from graphopt.user_code import names_function
 
         user_code(imports, needed=bool(factory) or unsafe_load or names_function(calib or ""))
@@ -128,7 +130,8 @@ def compile(
         out.result(planned.to_json(), lambda console: _print_plan(console, planned))
         return
     seconds = time.perf_counter() - started
-    out.result(_as_json(result), lambda console: _print(console, result, seconds, explain=explain))
+    times = [] if result.reduced is None else red.estimates(result.reduced, resolve(target))
+    out.result(_as_json(result, times), lambda console: _print(console, result, seconds, times, explain=explain))
 
 
 def _print_plan(console: Console, planned: Plan) -> None:
@@ -138,9 +141,9 @@ def _print_plan(console: Console, planned: Plan) -> None:
         console.print(f"missing: {missing}", markup=False)
 
 
-def _as_json(result: Result) -> dict[str, Any]:
+def _as_json(result: Result, times: Sequence[red.Times]) -> dict[str, Any]:
     data = result.bundle.manifest.to_json()
-    reduced = {} if result.reduced is None else {"reduced": red.as_json(result.reduced)}
+    reduced = {} if result.reduced is None else {"reduced": red.as_json(result.reduced, times)}
     return {
         **reduced,
         "output": str(result.output),
@@ -152,7 +155,7 @@ def _as_json(result: Result) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, result: Result, seconds: float, *, explain: bool) -> None:
+def _print(console: Console, result: Result, seconds: float, times: Sequence[red.Times], *, explain: bool) -> None:
     manifest = result.bundle.manifest
     size = sum(path.stat().st_size for path in result.written)
     calls, templates = len(manifest.kernels), sum(kernel["template"] != "tvm" for kernel in manifest.kernels)
@@ -166,4 +169,4 @@ def _print(console: Console, result: Result, seconds: float, *, explain: bool) -
     ]
     console.print("\n".join(lines), markup=False)
     if result.reduced is not None:
-        red.print_outcome(console, result.reduced, explain=explain)
+        red.print_outcome(console, result.reduced, times, explain=explain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,8 @@ def optimize(
         str, typer.Option("--target", "-t", help="What the result shall run on; see `graphopt targets`.")
     ] = "cpu",
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Compile both for the target and time them, if it runs here.")
+        bool,
+        typer.Option("--measure/--no-measure", help="Compile both for the target and time them, too, if it runs here."),
     ] = True,
     explain: red.Explain = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be cut; write nothing.")] = False,
@@ -95,7 +97,9 @@ def optimize(
             model, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load, name=name
         )
         done = reduce(program, wanted, calibration=calib, target=where, progress=out.step)
-        times = _times(done, where, out) if measure and not dry_run else []
+        times = red.estimates(done, where)
+        if measure and not dry_run:
+            times += _measured(done, where, out)
         if not dry_run:
             out.step("writing")
             done.after.save(file)
@@ -120,27 +124,19 @@ def _check_output(file: Path, model: str) -> None:
     check_place(file, "file")
 
 
-def _times(done: Outcome, target: Target, out: Output) -> list[tuple[str, float | None, float | None]]:
-    """Rows for the table: what the target is estimated to take, and takes where it runs here; in seconds."""
-    from graphopt.optimize import estimated, measured
+def _measured(done: Outcome, target: Target, out: Output) -> list[red.Times]:
+    """A row for the table: the seconds that it takes, where the target runs here."""
+    from graphopt.optimize import measured
 
-    rows: list[tuple[str, float | None, float | None]] = [("estimated latency", *estimated(done, target))]
     out.step("compiling both to measure")
     both = measured(done, target)
-    if both is not None:
-        rows.append(("measured latency", *both))
-    return rows
+    return [] if both is None else [("measured latency", *both)]
 
 
-def _as_json(done: Outcome, file: Path | None, times: list[Any]) -> dict[str, Any]:
-    return {
-        "output": None if file is None else str(file),
-        "name": done.after.name,
-        "latency_seconds": {label.split()[0]: {"before": a, "after": b} for label, a, b in times},
-        **red.as_json(done),
-    }
+def _as_json(done: Outcome, file: Path | None, times: Sequence[red.Times]) -> dict[str, Any]:
+    return {"output": None if file is None else str(file), "name": done.after.name, **red.as_json(done, times)}
 
 
-def _print(console: Console, done: Outcome, file: Path | None, times: list[Any], explain: bool) -> None:
+def _print(console: Console, done: Outcome, file: Path | None, times: Sequence[red.Times], explain: bool) -> None:
     console.print(f"{done.after.name}: {'nothing is written' if file is None else f'written to {file}'}", markup=False)
     red.print_outcome(console, done, times, explain=explain)

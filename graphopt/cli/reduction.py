@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from graphopt.optimize import Agreement, Outcome
     from graphopt.record import Record
+    from graphopt.targets.target import Target
 
+# A row of the table: what it is, and seconds before and after.
+Times = tuple[str, float, float]
 _PANEL = "What shall be cut"
 
 Passes = Annotated[
@@ -27,7 +30,10 @@ Passes = Annotated[
     ),
 ]
 RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", metavar="FILE.toml", help="Passes and options from a file instead.")
+    str | None,
+    typer.Option(
+        "--recipe", metavar="FILE.toml", help="Passes and options from a file; those of --pass run behind them."
+    ),
 ]
 Flops = Annotated[str | None, typer.Option("--flops", metavar="SHARE|N", help="FLOPs that may stay: 0.5, 50%, 1.2G.")]
 Macs = Annotated[str | None, typer.Option("--macs", metavar="SHARE|N", help="The same in multiply-adds.")]
@@ -48,14 +54,21 @@ Allocation = Annotated[
 ]
 RoundTo = Annotated[
     str | None,
-    typer.Option("--round-to", metavar="N", help="What stays is a multiple of N. [default: what the target wants]"),
+    typer.Option(
+        "--round-to",
+        metavar="N",
+        help="What stays is a multiple of N, on axes longer than N. [default: what the target wants]",
+    ),
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option("--include", metavar="PATTERN", help="Only axes of tensors like `layer3.*`. Repeatable."),
+    typer.Option(
+        "--include", metavar="PATTERN", help="Only axes that are outputs of tensors like `layer3.*`. Repeatable."
+    ),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="No axis of tensors like `head*`. Repeatable.")
+    list[str] | None,
+    typer.Option("--exclude", metavar="PATTERN", help="No axis that is an output of tensors like `head*`. Repeatable."),
 ]
 Compensate = Annotated[
     bool | None,
@@ -75,11 +88,20 @@ def shared_options(**given: Any) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
-def as_json(done: Outcome) -> dict[str, Any]:
+def estimates(done: Outcome, target: Target) -> list[Times]:
+    """A row for the table: what the program is estimated to take on the target."""
+    from graphopt.optimize import estimated
+
+    return [("estimated latency", *estimated(done, target))]
+
+
+def as_json(done: Outcome, times: Sequence[Times]) -> dict[str, Any]:
     """What was cut and what was lost, as plain JSON values."""
-    from graphopt.optimize import sizes
+    from graphopt.optimize import remarks, sizes
 
     return {
+        "latency_seconds": {label.split()[0]: {"before": a, "after": b} for label, a, b in times},
+        "notes": remarks(done.records),
         "before": sizes(done.captured),
         "after": sizes(done.after),
         "agreement": [row.to_json() for row in done.agreement],
@@ -88,7 +110,7 @@ def as_json(done: Outcome) -> dict[str, Any]:
     }
 
 
-def print_outcome(console: Console, done: Outcome, times: Sequence[Any] = (), *, explain: bool) -> None:
+def print_outcome(console: Console, done: Outcome, times: Sequence[Times], *, explain: bool) -> None:
     """What each pass did, the table before and after, and how far the outputs moved."""
     from graphopt.optimize import sizes
 
@@ -99,8 +121,8 @@ def print_outcome(console: Console, done: Outcome, times: Sequence[Any] = (), *,
         console.print("compared on the example inputs only; --calib takes real ones", markup=False)
 
 
-def print_sizes(console: Console, before: dict[str, int], after: dict[str, int], times: Sequence[Any] = ()) -> None:
-    """The table before and after. `times` are rows of (label, before, after) in seconds, None where not known."""
+def print_sizes(console: Console, before: dict[str, int], after: dict[str, int], times: Sequence[Times]) -> None:
+    """The table before and after."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -113,8 +135,8 @@ def print_sizes(console: Console, before: dict[str, int], after: dict[str, int],
         shown = [amount(side[key], unit) for side in (before, after)]
         table.add_row(label, *shown, *_ratio(before[key], after[key]))
     for label, first, second in times:
-        shown = ["-" if value is None else f"{value * 1e3:.3g} ms" for value in (first, second)]
-        table.add_row(label, *shown, *(_ratio(first, second) if first and second else ("-", "-")))
+        shown = [f"{value * 1e3:.3g} ms" for value in (first, second)]
+        table.add_row(label, *shown, *_ratio(first, second))
     console.print(table)
 
 

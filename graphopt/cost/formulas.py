@@ -172,10 +172,10 @@ def _einsum(call: Call) -> Extent:
     macs: Extent = 0
     kept = {name for name in sizes if name in right or name.startswith("...")}
     done = terms[0]
-    for place, term in enumerate(terms[1:], 1):
+    for place, own in enumerate(terms[1:], 1):
         later = kept.union(*terms[place + 1 :])
         # What only one of the two has, and nobody later, is summed before they meet.
-        both = {name for name in done | term if name in later or (name in done and name in term)}
+        both = {name for name in done | own if name in later or (name in done and name in own)}
         if not both <= later:
             macs = macs + product(sizes[name] for name in both)
         done = both & later

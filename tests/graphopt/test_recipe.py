@@ -6,6 +6,7 @@ import pytest
 
 from graphopt.budget import Budget
 from graphopt.errors import BadRecipe, UnknownPass
+from graphopt.optimize import plan
 from graphopt.passes import make
 from graphopt.recipe import Recipe, Step, parse_budget, parse_step, passes_of, read
 
@@ -23,6 +24,15 @@ from graphopt.recipe import Recipe, Step, parse_budget, parse_step, passes_of, r
         ("latency", "8ms", Budget("latency", 0.008, absolute=True)),
         ("latency", "0.5", Budget("latency", 0.5)),
         ("latency", "8", None),
+        ("latency", "nan", None),
+        ("latency", "-3ms", None),
+        ("flops", "1", Budget("flops", 1.0)),
+        ("flops", "5000", Budget("flops", 5000.0, absolute=True)),
+        ("flops", "1.5", None),
+        ("params", "100", None),
+        ("flops", "999", None),
+        ("flops", "1e400", None),
+        ("flops", "1e400G", None),
         ("flops", "8ms", None),
         ("flops", "0", None),
         ("flops", "-1", None),
@@ -36,6 +46,62 @@ def test_amounts(kind: str, text: object, wanted: Budget | None):
             parse_budget(kind, text)
     else:
         assert parse_budget(kind, text) == wanted
+
+
+def test_amounts_without_a_unit_are_taken_for_slips():
+    """1.5 is neither a share nor what anybody means by an amount; the hint shows both forms."""
+    with pytest.raises(
+        BadRecipe, match=r"--flops 1\.5: is neither a share, which is at most 1, nor an amount"
+    ) as caught:
+        parse_budget("flops", "1.5")
+    assert "--flops 0.5" in caught.value.way_out
+    assert "--flops 1.5G" in caught.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0.41, "0.41"), (0.4123, "0.413"), (0.0001, "0.0001"), (3.21e-7, "3.21e-07")]
+)
+def test_shares_are_shown_with_three_digits(share: float, shown: str):
+    """Rounded up, however small they are: what is shown can be asked for."""
+    assert Budget("flops", share).show(share * 1e9, 1e9) == shown
+    assert float(shown) >= share
+
+
+def test_round_to_is_step():
+    """A file may call the option as the command line does; both at once are refused."""
+    assert parse_step("prune:round-to=8") == Step("prune", {"step": "8"})
+
+
+def test_round_to_in_a_file(tmp_path):
+    """For all passes, and for one."""
+    file = tmp_path / "round.toml"
+    file.write_text('round-to = 32\nkeep = 0.5\n[[pass]]\nname = "prune"\n[[pass]]\nname = "nvit"\nround_to = 16\n')
+    first, second = passes_of(read(file))
+    assert (first.step, second.step) == (32, 16)
+    file.write_text('round-to = 32\nstep = 8\n[[pass]]\nname = "prune"\nkeep = 0.5\n')
+    with pytest.raises(BadRecipe, match="one option twice"):
+        read(file)
+
+
+def test_passes_of_the_command_line_come_behind_those_of_the_file(tmp_path):
+    """A recipe and passes: one after the other, and options that are given hold for all."""
+    file = tmp_path / "first.toml"
+    file.write_text('criterion = "l1"\n[[pass]]\nname = "prune-neurons"\nkeep = 0.5\n')
+    both = plan(["prune-heads:keep=0.7"], file, {"criterion": "random"})
+    first, second = passes_of(both)
+    assert (first.name, first.keep, first.criterion) == ("prune-neurons", 0.5, "random")
+    assert (second.name, second.keep, second.criterion) == ("prune-heads", 0.7, "random")
+    assert plan(["prune-heads:keep=0.7"], read(file), {"criterion": "random"}) == both
+
+
+def test_a_shared_budget_joins_them(tmp_path):
+    """A budget of the file's is for its passes and those of the command line together."""
+    file = tmp_path / "half.toml"
+    file.write_text('flops = 0.5\n[[pass]]\nname = "prune-neurons"\n')
+    (joint,) = passes_of(plan(["prune-heads"], file, {}))
+    assert joint == make("prune", axes=("neuron", "head"), budget=Budget("flops", 0.5))
+    (joint,) = passes_of(plan(["prune:axes=channel|neuron"], file, {}))
+    assert joint == make("prune", axes=("neuron", "channel"), budget=Budget("flops", 0.5))
 
 
 def test_pass_with_options_on_the_command_line():

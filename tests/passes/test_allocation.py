@@ -19,7 +19,7 @@ from graphopt.passes.allocation.base import Problem, ladder, top
 from graphopt.passes.allocation.minimum_threshold import raised
 from graphopt.passes.prune import Prune
 from graphopt.passes.prune_neurons import PruneNeurons
-from graphopt.passes.reduction import fitted_step
+from graphopt.passes.rounding import fitted_step
 from tests.models import TINY
 from tests.passes.reducing import prepared
 from tests.programs import program_of
@@ -81,7 +81,7 @@ def decided(model, kind, allocation, step, amount):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", TINY)
 def test_budgets_are_met(model, kind, allocation):
-    """Never above the limit, and not more than 2 % below: or the record says so, which it may only with steps."""
+    """Never above the limit, and not more than 2 % below: or a note says so, which it may only with few axes."""
     amount = 0.8 if kind == "latency" else 0.6
     for step in (1, "auto"):
         try:
@@ -94,9 +94,9 @@ def test_budgets_are_met(model, kind, allocation):
             assert least > amount
             continue
         assert share <= amount
-        said = any("is used" in decline.reason for decline in plan.declined)
+        said = any("is used" in note for note in plan.notes)
         assert said == (share < (1 - SLACK) * amount)
-        assert not said or step == "auto" or len(found) <= 4 or kind == "latency", f"{share:.3f} of {amount}"
+        assert not said or len(found) <= 4 or kind == "latency", f"{share:.3f} of {amount}"
         assert all(1 <= size < extent for extent, size in found.values())
 
 
