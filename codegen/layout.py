@@ -24,6 +24,7 @@ from tvm.ir import IRModule
 from graphopt.codegen.channels_last import RULES, channels_last
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.spmm import convolution, plan_of, tokens_as_image
+from graphopt.codegen.kernels.spmv import STREAM_BYTES_PER_CYCLE, height_of
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.sparse_weights import Seen, SparseWeight, Weights, microseconds, shown
 from graphopt.cost.register_tile import best_tile, cycles
@@ -248,12 +249,15 @@ def _weigh_linear(
 
 def _moved(inputs: int, outputs: int, tokens: int) -> float:
     """Cycles for both transposes around a linear layer that is turned."""
-    return (inputs + outputs) * tokens / TRANSPOSED_PER_CYCLE if tokens > 1 else 0.0
+    return (inputs + outputs) * tokens / TRANSPOSED_PER_CYCLE
 
 
 def linear_times(weight: Array, tokens: int, target: Target) -> Times:
     """Estimates for a linear layer with `weight` (inputs, outputs)."""
     inputs, outputs = weight.shape
+    if tokens == 1:
+        stream = 4 * weight.size / STREAM_BYTES_PER_CYCLE
+        return Times(max(_dense(1, outputs, inputs, target), stream), height_of(weight.T, target)[1])
     moved = _moved(inputs, outputs, tokens)
     window = tokens_as_image(inputs, tokens)
     return Times(_dense(tokens, outputs, inputs, target), plan_of(weight.T, window, target).cycles + moved)

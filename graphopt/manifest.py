@@ -88,6 +88,8 @@ class Manifest:
     versions: Mapping[str, str]
     verification: Verification
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    # One per layer whose weight has zeros: what was weighed for it; the fields of codegen's SparseWeight.
+    sparse_weights: tuple[Mapping[str, Any], ...] = ()
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
@@ -145,6 +147,7 @@ class Manifest:
                 "target": target,
                 "kernels": tuple(map(dict, data["kernels"])),
                 "declined": tuple(map(dict, data["declined"])),
+                "sparse_weights": tuple(map(dict, data.get("sparse_weights", ()))),
                 "records": tuple(map(Record.from_json, data["records"])),
                 "versions": {str(key): _text(value) for key, value in data["versions"].items()},
                 "files": files,

@@ -11,6 +11,7 @@ from graphopt.codegen.kernels.template import Template
 TEMPLATES: dict[str, str] = {
     "attention": "Attention",
     "depthwise_planes": "DepthwisePlanes",
+    "spmv": "SparseVector",
     "spmm": "SparseProduct",
     "gemm": "Gemm",
     "depthwise": "DepthwiseConv2d",

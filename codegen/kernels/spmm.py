@@ -82,14 +82,14 @@ class SparseProduct(Template):
     def match(self, flow: Dataflow, binding: relax.VarBinding, target: Target) -> KernelCall | Decline:
         """Take products of a constant matrix with run-time rows, and NCHW convolutions, in float32."""
         call, where = binding.value, binding.var.name
-        linear = op_of(call) == "relax.matmul"
-        operands = _linear(flow, call) if linear else convolution(flow, call)
+        is_linear = op_of(call) == "relax.matmul"
+        operands = linear(flow, call) if is_linear else convolution(flow, call)
         if isinstance(operands, str):
             return Decline(where, operands)
         matrix, window, x = operands
         plan = plan_of(matrix, window, target)
-        after = absorb(flow, binding.var, 1 if linear else 2)
-        name = "linear" if linear else "conv" + "x".join(map(str, window.kernel))
+        after = absorb(flow, binding.var, 1 if is_linear else 2)
+        name = "linear" if is_linear else "conv" + "x".join(map(str, window.kernel))
         return _call(name, plan, matrix, x, after, target)
 
     def reference(self, matrix: Array, rows: Array, after: Epilogue, operands: list[Array]) -> Array:
@@ -140,7 +140,7 @@ def tokens_as_image(inputs: int, tokens: int) -> Window:
     return Window(1, 1, tokens, inputs, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
 
 
-def _linear(flow: Dataflow, call: relax.Call) -> Operands | str:
+def linear(flow: Dataflow, call: relax.Call) -> Operands | str:
     """matmul(W, X) with a constant W."""
     matrix, x = flow.constant(call.args[0]), call.args[1]
     if matrix is None or flow.constant(x) is not None:
@@ -228,7 +228,7 @@ def _slots(spmm: Spmm) -> int:
     return spmm.planes.window.batch * max(chunks for section in spmm.sections for chunks in section.chunks)
 
 
-def _roomy(size: int) -> int:
+def roomy(size: int) -> int:
     """A size for a parameter's declaration, so that layers with a few blocks more or less share their code."""
     return 1 << max(size - 1, 1).bit_length()
 
@@ -240,8 +240,8 @@ def build(spmm: Spmm) -> PrimFunc:
     params = [("x", g.batch * g.channels * g.height * g.width, "float32"), *after.buffers(False)]
     for number, section in enumerate(spmm.sections):
         params += [
-            (f"values{number}", _roomy(section.blocks * section.height), "float32"),
-            (f"offsets{number}", _roomy(section.blocks), "int32"),
+            (f"values{number}", roomy(section.blocks * section.height), "float32"),
+            (f"offsets{number}", roomy(section.blocks), "int32"),
             (f"ends{number}", section.block_rows + 1, "int32"),
             (f"outputs{number}", section.block_rows, "int32"),
         ]
@@ -330,10 +330,10 @@ class _Writer:
                             value = T.Bind(load(tile, slot + o * span + y * planes.pitch + at, narrow, "float32"))
                             self.store(image, output + o, y * planes.window.out[1] + at, value, narrow)
 
-    def block_rows(self, number: int, chunk: Expr, chunks: int) -> _BlockRows:
+    def block_rows(self, number: int, chunk: Expr, chunks: int) -> BlockRows:
         """A loop over the block rows of a chunk."""
         bounds = self.named[f"bounds{number}_{chunks}"]
-        return _BlockRows(bounds, chunk)
+        return BlockRows(bounds, chunk)
 
     def block_row(self, number: int, section: Shape, row: Expr, starts: list[Expr], finish: object) -> None:
         """One block row for one panel."""
@@ -350,7 +350,7 @@ class _Writer:
         store(self.named["y"], row * math.prod(spmm.planes.window.out) + pixel, value, lanes, "float32")
 
 
-class _BlockRows:
+class BlockRows:
     """`with` gives the number of a block row."""
 
     def __init__(self, bounds: Buffer, chunk: Expr) -> None:

@@ -54,14 +54,14 @@ def blocks_of(matrix: Array, height: int) -> int:
     return int(kept + (matrix[whole:] != 0).any(0).sum())
 
 
-def pack(matrix: Array, offsets: Array, height: int) -> tuple[Section, ...]:
-    """Pack a matrix (outputs, inputs) whose input i begins at offsets[i]."""
+def pack(matrix: Array, offsets: Array, height: int, rest: int = 0) -> tuple[Section, ...]:
+    """Pack a matrix (outputs, inputs) whose input i begins at offsets[i]; outputs left over in blocks of `rest` or one."""
     whole = len(matrix) // height * height
     sections = []
     if whole:
         sections.append(_section(matrix[:whole], offsets, height, 0))
     if whole < len(matrix):
-        sections.append(_section(matrix[whole:], offsets, len(matrix) - whole, whole))
+        sections.append(_section(matrix[whole:], offsets, rest or len(matrix) - whole, whole))
     return tuple(sections)
 
 
