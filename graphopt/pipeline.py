@@ -333,6 +333,7 @@ def describe(program: Program, artefact: Artefact, target: Target) -> Manifest:
         workspace_bytes=artefact.workspace_bytes,
         kernels=tuple({**asdict(kernel), "parameters": dict(kernel.parameters)} for kernel in artefact.kernels),
         declined=tuple(asdict(decline) for decline in artefact.declined),
+        sparse_weights=tuple(asdict(entry) for entry in artefact.sparse_weights),
         records=tuple(map(_rounded, program.records)),
         versions=versions(),
         verification=NOT_VERIFIED,
