@@ -55,7 +55,7 @@ def blocks_of(matrix: Array, height: int) -> int:
 
 
 def pack(matrix: Array, offsets: Array, height: int, rest: int = 0) -> tuple[Section, ...]:
-    """Pack a matrix (outputs, inputs) whose input i begins at offsets[i]; outputs left over in blocks of `rest` or one."""
+    """Pack a matrix (outputs, inputs) whose input i begins at offsets[i]; outputs left over in blocks of `rest`."""
     whole = len(matrix) // height * height
     sections = []
     if whole:
