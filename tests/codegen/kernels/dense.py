@@ -16,7 +16,8 @@ from tvm import relax
 
 from graphopt.codegen.dataflow import Dataflow
 from graphopt.codegen.kernels.template import KernelCall, Template
-from tests.codegen.kernels.harness import HOST, Library, aligned, match, relax_main
+from graphopt.targets.target import Target
+from tests.codegen.kernels.harness import HOST, Library, fenced, match, relax_main
 
 Emit = Callable[[Any], relax.Var]
 op = relax.op
@@ -146,7 +147,8 @@ class Case:
     expected: np.ndarray
 
 
-def _case(p: Program, emit: Callable[[Emit], Pair], template: Template) -> Case:
+def case_of(p: Program, emit: Callable[[Emit], Pair], template: Template, target: Target = HOST) -> Case:
+    """Build the program that `emit` writes, and the kernel that the template makes of it."""
     seen: list[torch.Tensor] = []
 
     def body(builder: relax.BlockBuilder) -> relax.Expr:
@@ -172,7 +174,7 @@ def _case(p: Program, emit: Callable[[Emit], Pair], template: Template) -> Case:
 
     p.input = again  # type: ignore[method-assign]
     flow = relax_main(body, known)
-    call = match(flow, template)
+    call = match(flow, template, target)
     assert isinstance(call, KernelCall), call
     values = dict(zip(known, p.arrays, strict=True))
     expected = seen[-1].numpy()
@@ -189,7 +191,7 @@ def linear(shape: Sequence[int], n: int, tail: str, template: Template, seed: in
         y = e(op.matmul(x, const(w))), xv @ torch.from_numpy(w).double()
         return TAILS[tail](p, e, y)
 
-    return _case(p, emit, template)
+    return case_of(p, emit, template)
 
 
 def product(a: Sequence[int], b: Sequence[int], tail: str, template: Template, seed: int = 0) -> Case:
@@ -201,7 +203,7 @@ def product(a: Sequence[int], b: Sequence[int], tail: str, template: Template, s
         y, yv = p.input(*b)
         return TAILS[tail](p, e, (e(op.matmul(x, y)), xv @ yv))
 
-    return _case(p, emit, template)
+    return case_of(p, emit, template)
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def convolution(s: Shape, tail: str, template: Template, seed: int = 0) -> Case:
         yv = F.conv2d(xv, wv, None, s.strides, 0, s.dilation, s.groups).permute(0, 2, 3, 1)
         return TAILS[tail](p, e, (y, yv))
 
-    return _case(p, emit, template)
+    return case_of(p, emit, template)
 
 
 def check(cases: Sequence[Case], whole: bool = True) -> None:
@@ -260,13 +262,16 @@ def check(cases: Sequence[Case], whole: bool = True) -> None:
     for i, case in enumerate(cases):
         if whole:
             assert case.call.output.same_as(case.flow.function.body.body), f"{case.call.name} stops before the end"
-        # Values that would spoil every result where the kernel reads what it has not written.
-        out = aligned(np.full(case.expected.shape, np.nan, np.float32))
-        scratch = [aligned(np.full(n // 4, np.nan, np.float32)) for n in case.call.scratch_bytes]
-        lib(f"k{i}", *(aligned(a) for a in (*case.inputs, *case.call.constants)), out, *scratch)
+        # NaN spoils every result where the kernel reads what it has not written, or what is no part of its operands.
+        written = [np.full(case.expected.shape, np.nan, np.float32)]
+        written += [np.full(n // 4, np.nan, np.float32) for n in case.call.scratch_bytes]
+        arrays, fences = zip(*(fenced(a) for a in (*case.inputs, *case.call.constants, *written)), strict=True)
+        lib(f"k{i}", *arrays)
+        assert all(intact() for intact in fences), f"{case.call.name} writes outside"
+        out = arrays[len(case.inputs) + len(case.call.constants)]
         np.testing.assert_allclose(
             out, case.expected, rtol=2e-5, atol=2e-5, err_msg=f"{case.call.name} {case.call.key}"
         )
 
 
-__all__ = ["HOST", "QUICK", "TAILS", "Case", "Shape", "check", "convolution", "linear", "product"]
+__all__ = ["HOST", "QUICK", "TAILS", "Case", "Shape", "case_of", "check", "convolution", "linear", "product"]

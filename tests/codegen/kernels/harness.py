@@ -81,6 +81,19 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+FENCE = 256  # bytes on both sides of a fenced array
+
+
+def fenced(array: np.ndarray) -> tuple[np.ndarray, Callable[[], bool]]:
+    """A copy as `aligned` makes it, between bytes that are NaN as floats; and whether those still are."""
+    raw = np.full(array.nbytes + 2 * FENCE + 64, 0xFF, np.uint8)
+    start = FENCE + -(raw.ctypes.data + FENCE) % 64
+    end = start + array.nbytes
+    copy = raw[start:end].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy, lambda: bool((raw[:start] == 0xFF).all() and (raw[end:] == 0xFF).all())
+
+
 class Library:
     """Kernels of this machine as Python functions over arrays; the last argument of a kernel is what it writes."""
 
