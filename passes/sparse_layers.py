@@ -14,7 +14,7 @@ from torch.fx import Node
 from graphopt.axes.axes import operator_of
 from graphopt.edit import Edit
 from graphopt.errors import Decline
-from graphopt.passes.checks import matches
+from graphopt.passes.checks import check_included, matches, not_excluded
 from graphopt.refit import Layer, layer_of
 
 # Convolutions of no more channels read the image itself: all of the signal goes through few weights.
@@ -88,17 +88,21 @@ class SparseLayer:
         return inputs.reshape(groups, rows, self.channels, self.taps).mT.reshape(groups, rows, self.ins)
 
 
-def sparse_layers(edit: Edit, include: Sequence[str], exclude: Sequence[str]) -> list[SparseLayer]:
+def sparse_layers(edit: Edit, name: str, include: Sequence[str], exclude: Sequence[str]) -> list[SparseLayer]:
     """The layers to be made sparse, in graph order; notes those that are left alone, and why.
 
     Args:
         edit: has the program.
+        name: the pass's.
         include: patterns of names. Layers that they name are taken even where they would stay dense by default.
         exclude: patterns of names that stay dense.
+
+    Raises:
+        BadOption: a pattern of `include` is no layer's.
     """
     tensors = edit.program.tensors
     shared = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-    found = []
+    found, names = [], []
     for node in edit.graph.nodes:
         layer = layer_of(edit, node, shared)
         if isinstance(layer, str):
@@ -108,6 +112,7 @@ def sparse_layers(edit: Edit, include: Sequence[str], exclude: Sequence[str]) ->
                 edit.decline(node, f"the weight of {operator_of(node)} is not made sparse")
         else:
             own = _sparse_layer(edit, layer)
+            names.append(own.name)
             if include and not matches(own.name, include):
                 continue
             if matches(own.name, exclude):
@@ -116,6 +121,8 @@ def sparse_layers(edit: Edit, include: Sequence[str], exclude: Sequence[str]) ->
                 edit.declined.append(Decline(own.name, reason))
             else:
                 found.append(own)
+    check_included(name, include, names, "layer")
+    edit.notes += not_excluded(exclude, names, "layer")
     return found
 
 

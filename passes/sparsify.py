@@ -22,7 +22,7 @@ from graphopt.passes.criteria.base import Elementwise, normalised
 from graphopt.passes.criteria.magnitude import L1
 from graphopt.passes.rearrange import Work, best_order, role_of
 from graphopt.passes.reduction import named
-from graphopt.passes.sizes import amount, limit, unreachable
+from graphopt.passes.sizes import amount, limit, nothing, unreachable
 from graphopt.passes.sparse_grid import Grid
 from graphopt.passes.sparse_layers import SparseLayer, masked, sparse_layers
 from graphopt.passes.sparse_shares import SHARES, Ranked, largest
@@ -108,7 +108,10 @@ class Sparsify(Pass):
         form = self.checked()
         layers = self._layers(edit, form)
         if not layers:
-            edit.declined.append(Decline(edit.program.name, "there is no layer to be made sparse"))
+            reason = "there is no layer to be made sparse"
+            edit.declined.append(Decline(edit.program.name, reason))
+            if self.budget is not None and amount(edit.program, self.budget.kind) > limit(edit.program, self.budget):
+                raise nothing(edit.program, self.budget, self.name, reason)
             return
         grids = [Grid(layer.outs, layer.taps, layer.channels, form, self.kernels) for layer in layers]
         axes = infer(edit.program)
@@ -190,7 +193,7 @@ class Sparsify(Pass):
 
     def _layers(self, edit: Edit, form: Format) -> list[SparseLayer]:
         found = []
-        for layer in sparse_layers(edit, self.include, self.exclude):
+        for layer in sparse_layers(edit, self.name, self.include, self.exclude):
             groups, outs, _ = layer.layer.shape
             if groups > 1 and outs % form.rows:
                 reason = f"blocks of {form.rows} outputs would reach over two groups, which have {outs} each"

@@ -12,7 +12,7 @@ from torch import nn
 
 from graphopt.budget import Budget
 from graphopt.cost import summary
-from graphopt.errors import BadOption, BudgetUnreachable
+from graphopt.errors import BadOption, BudgetUnreachable, NothingToCut
 from graphopt.optimize import plan, reduce
 from graphopt.passes import PASSES, load, make
 from graphopt.passes.base import max_abs_errors
@@ -123,13 +123,18 @@ def test_what_stays_dense_by_default():
 
 
 def test_patterns_name_layers():
-    """exclude keeps layers dense; without any layer left nothing happens, and that is said."""
+    """exclude keeps layers dense; patterns that fit nothing are refused or noted; without any layer that is said."""
     before = mlp()
-    after = make("sparsify-magnitude", keep=0.5, exclude=("b",))(before)
+    after = make("sparsify-magnitude", keep=0.5, exclude=("b", "c"))(before)
     assert set(details(after)) == {"a"}
     assert reasons(after)["b"] == "excluded"
-    nothing = make("sparsify-magnitude", keep=0.5, include=("c*",))(before)
+    assert "c" in after.records[-1].notes[0]
+    with pytest.raises(BadOption, match="matches no layer"):
+        make("sparsify-magnitude", keep=0.5, include=("c*",))(before)
+    nothing = make("sparsify-magnitude", keep=0.5, exclude=("*",))(before)
     assert reasons(nothing)[before.name] == "there is no layer to be made sparse"
+    with pytest.raises(NothingToCut, match="no layer to be made sparse"):
+        make("sparsify-magnitude", budget=Budget("flops", 0.5), exclude=("*",))(before)
 
 
 def test_weights_that_are_used_twice_are_left_alone():
