@@ -213,43 +213,39 @@ def _weigh_linear(
     def entry(reason: str, **more: Any) -> SparseWeight:
         return seen.entry(weight, "linear", target, reason=reason, **more)
 
-    shape = shape_of(x)
+    shape, zeros = shape_of(x), 1 - seen.density
     if weight.ndim != 2 or len(shape) < 2 or 0 in (*shape, *weight.shape) or (first and math.prod(shape[:-2]) != 1):
-        return (None, entry("it is no product of one matrix with rows")) if seen.name else None
-    if str(weight.dtype) != "float32" or dtype_of(x) != "float32":
-        return (
-            (None, entry(f"{weight.dtype} times {dtype_of(x)}: sparse kernels are for float32")) if seen.name else None
-        )
-    matrix = weight.T if first else weight
-    inputs, outputs = matrix.shape
-    tokens = shape[-1] if first else math.prod(shape[:-1])
-    dense, moved = _dense(tokens, outputs, inputs, target), _moved(inputs, outputs, tokens)
-    if seen.dense:
-        return (_swapped(weight) if first else None), entry('annotated "dense"', dense=dense)
-    if first:
-        times = linear_times(matrix, tokens, target)
-        both = {"dense": dense + moved, "sparse": times.sparse - moved}
-        return None, entry(
-            "the weight is the first factor: no other kernel takes it", eligible=True, picked=True, **both
-        )
-    zeros = 1 - seen.density
-    if zeros < LEAST_ZEROS:
-        few = entry(f"{zeros:.0%} zeros, of use from {LEAST_ZEROS:.0%} on", dense=dense)
-        return (None, few) if seen.name else None
-    times = linear_times(weight, tokens, target)
-    picked = times.sparse <= GAIN * times.dense
-    faster = times.dense / times.sparse
-    if picked:
-        reason = f"{faster:.1f} times as fast"
+        obstacle = "it is no product of one matrix with rows"
+    elif str(weight.dtype) != "float32" or dtype_of(x) != "float32":
+        obstacle = f"{weight.dtype} times {dtype_of(x)}: sparse kernels are for float32"
+    elif zeros < LEAST_ZEROS and not first and not seen.dense:
+        obstacle = f"{zeros:.0%} zeros, of use from {LEAST_ZEROS:.0%} on"
     else:
-        reason = "dense is faster" if faster <= 1 else f"dense is hardly slower: {faster:.2f} times"
-    weighed = entry(reason, eligible=True, picked=picked, dense=times.dense, sparse=times.sparse)
+        obstacle = ""
+    if obstacle:
+        return (None, entry(obstacle)) if seen.name else None
+    matrix = weight.T if first else weight
+    tokens = shape[-1] if first else math.prod(shape[:-1])
+    times = linear_times(matrix, tokens, target)
+    if seen.dense:
+        return (_swapped(weight) if first else None), entry('annotated "dense"', dense=times.dense)
+    dense, sparse = times.dense, times.sparse
+    if first:
+        moved = _moved(*matrix.shape, tokens)
+        reason = "the weight is the first factor: no other kernel takes it"
+        return None, entry(reason, eligible=True, picked=True, dense=dense + moved, sparse=sparse - moved)
+    picked = sparse <= GAIN * dense
+    if picked:
+        reason = f"{dense / sparse:.1f} times as fast"
+    else:
+        reason = "dense is faster" if dense <= sparse else f"dense is hardly slower: {dense / sparse:.2f} times"
+    weighed = entry(reason, eligible=True, picked=picked, dense=dense, sparse=sparse)
     return (_turned(weight) if picked else None), weighed
 
 
 def _moved(inputs: int, outputs: int, tokens: int) -> float:
     """Cycles for both transposes around a linear layer that is turned."""
-    return (inputs + outputs) * tokens / TRANSPOSED_PER_CYCLE
+    return (inputs + outputs) * tokens / TRANSPOSED_PER_CYCLE if tokens > 1 else 0.0
 
 
 def linear_times(weight: Array, tokens: int, target: Target) -> Times:

@@ -26,6 +26,7 @@ from graphopt.cli.common import (
     input_shapes,
     user_code,
 )
+from graphopt.cli.sparse import print_sparse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,14 @@ def compile(
     include: red.Include = None,
     exclude: red.Exclude = None,
     compensate: red.Compensate = None,
-    explain: red.Explain = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Print for each layer whose weight has zeros what either kernel is estimated to take, and why "
+            "one was picked; for each axis what was cut, why, and what that buys.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     unsafe_load: UnsafeLoad = False,
     imports: Imports = None,
@@ -150,6 +158,7 @@ def _as_json(result: Result, times: Sequence[red.Times]) -> dict[str, Any]:
         "written": [str(path) for path in result.written],
         "bytes": sum(path.stat().st_size for path in result.written),
         **{key: data[key] for key in ("name", "target", "inputs", "outputs", "flops", "params", "verification")},
+        "sparse_weights": data["sparse_weights"],
         "workspace_bytes": data["workspace_bytes"],
         "weights_bytes": data["weights_bytes"],
     }
@@ -170,3 +179,7 @@ def _print(console: Console, result: Result, seconds: float, times: Sequence[red
     console.print("\n".join(lines), markup=False)
     if result.reduced is not None:
         red.print_outcome(console, result.reduced, times, explain=explain)
+    if explain and manifest.sparse_weights:
+        print_sparse(console, manifest.sparse_weights)
+    elif explain:
+        console.print("no layer has a weight with zeros", markup=False)

@@ -21,6 +21,7 @@ from graphopt.cli.common import (
     input_shapes,
     user_code,
 )
+from graphopt.cli.sparse import print_sparse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,6 +164,13 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
+def _parameter(key: str, value: int | str) -> str:
+    """A kernel's parameter; `kept` is the share of the weight's elements that lie in blocks that are not zero."""
+    if key == "kept":
+        return f"kept={float(value):.1%}"
+    return f"{key}={value:,}" if isinstance(value, int) else f"{key}={value}"
+
+
 def _print_bundle(console: Console, bundle: Bundle) -> None:
     from rich.table import Table
 
@@ -185,10 +193,12 @@ def _print_bundle(console: Console, bundle: Bundle) -> None:
     for heading in ("kernel", "template", "stands for", "parameters"):
         kernels.add_column(heading, overflow="fold")
     for kernel in manifest.kernels:
-        parameters = " ".join(f"{key}={value}" for key, value in sorted(kernel["parameters"].items()))
+        parameters = " ".join(_parameter(key, value) for key, value in sorted(kernel["parameters"].items()))
         cells = (kernel["symbol"], kernel["template"], kernel["where"], parameters)
         kernels.add_row(*(_plain(str(cell)) for cell in cells))
     console.print(kernels)
+    if manifest.sparse_weights:
+        print_sparse(console, manifest.sparse_weights)
     for decline in manifest.declined:
         console.print(f"  no template for {decline['where']}: {decline['reason']}", markup=False)
     files = Table(box=None, pad_edge=False, header_style="bold")
