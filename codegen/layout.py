@@ -231,7 +231,7 @@ def _weigh_linear(
         return (_swapped(weight) if first else None), entry('annotated "dense"', dense=times.dense)
     dense, sparse = times.dense, times.sparse
     if first:
-        moved = _moved(*matrix.shape, tokens)
+        moved = _moved(matrix.shape[0], matrix.shape[1], tokens)
         reason = "the weight is the first factor: no other kernel takes it"
         return None, entry(reason, eligible=True, picked=True, dense=dense + moved, sparse=sparse - moved)
     picked = sparse <= GAIN * dense
