@@ -146,6 +146,8 @@ def _emit(pooling: Pooling, source: Taps, y: Buffer, to: Expr) -> None:
                     else:
                         acc[r] = tirx.max(acc[r], value) if pooling.largest else acc[r] + value
         share = splat(1 / math.prod(g.kernel), lanes, "float32")
+        for r in set(range(rows)) - seen:  # all of its window lies beyond the image
+            acc[r] = splat(pooling.planes.fill, lanes, "float32")
         for r in range(rows):
             value = acc[r] if pooling.largest else acc[r] * share
             store(y, to + (top + r) * width + left, value, lanes, "float32")
