@@ -65,9 +65,15 @@ def measured(call: Any) -> tuple[list[Any], int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    # With gradients: the counter's hooks want them where a module is given a parameter.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        outputs = [value.detach() for value in tensors(call())]
+    # Where a module is given a parameter, the counter's hooks want gradients; elsewhere they leave things behind.
+    for gradients in (False, True):
+        try:
+            with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
+                outputs = [value.detach() for value in tensors(call())]
+            break
+        except AssertionError as error:
+            if gradients or "gradient" not in str(error):
+                raise
     return outputs, counter.get_total_flops()
 
 

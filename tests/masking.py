@@ -150,7 +150,7 @@ def _attention(node: Node, axes: Axes, kept: Keep, args: Any, kwargs: Any) -> Te
         given |= {name: given[name].index_select(-2, stay) for name in ("key", "value")}
         if mask is not None and mask.shape[-1] != 1:
             given["attn_mask"] = mask.index_select(-1, stay)
-    return torch.nn.functional.scaled_dot_product_attention(**given)
+    return node.target(**given)  # type: ignore[operator]
 
 
 def _group_norm(x: Tensor, groups: int, given: Any, dims: list[Axis], kept: Keep) -> Tensor:
