@@ -8,8 +8,12 @@
 Zeros are whole blocks at random, the same for all engines: in the 1x1 convolutions of the MobileNets, in all
 convolutions of ResNet-50 but the stem, in all linear layers of the encoders of DeiT-S and MiniLM. Every row is measured
 with the dense model in all engines beside it, so that its ratios are of one and the same minutes. Peers without kernels
-for zeros run the dense weights only, unless --same-weights is given. Prints tables, writes JSON after every row, and
-draws one plot (`pip install 'graphopt[report]'`). A peer that is not installed is a line that says how to get it.
+for zeros run the dense weights only, unless --same-weights is given; those with kernels run unstructured zeros beside
+the blocks. LiteRT.js gets zeros in the classifier of a MobileNet besides: it runs all of a model sparse or nothing, by
+the zeros in all of it.
+
+Prints tables, writes JSON after every row, and draws one plot (`pip install 'graphopt[report]'`). A peer that is not
+installed is a line that says how to get it.
 
 Compare minima, and only of an idle processor: where a median is far above its minimum, something else ran on it.
 """

@@ -162,8 +162,9 @@ class Contest:
                 mine = more
             try:
                 yield self._peer(mine, name, weights, stack)
-            except PeerFailed as error:
-                self.failures[f"{name}, {weights}"] = str(error)
+            except Exception as error:
+                text = str(error) if isinstance(error, PeerFailed) else f"{type(error).__name__}: {error}"
+                self.failures[f"{name}, {weights}"] = (text.splitlines() or [""])[0]
 
     def _own(
         self, case: Case, target: str, weights: str, expected: np.ndarray, stack: contextlib.ExitStack
