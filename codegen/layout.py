@@ -50,8 +50,10 @@ def lay_out(module: IRModule, target: Target, weights: Weights) -> tuple[IRModul
     """Choose the layout of images, and turn the linear layers whose zeros pay. Says what was weighed."""
     flow = Dataflow(module["main"])
     images = list(_images(flow, target, weights))
-    front = bool(images) and sum(i.times.sparse for i in images) <= GAIN * sum(i.times.dense for i in images)
-    entries = _image_entries(images, front, target)
+    dense = sum(image.times.dense for image in images)
+    sparse = sum(image.times.sparse for image in images) + _strangers_moved(flow)
+    front = bool(images) and sparse <= GAIN * dense
+    entries = _image_entries(images, front, Times(dense, sparse), target)
     entries += _others(flow, ("relax.nn.conv1d", "relax.nn.conv3d"), target, weights)
     module = _some_channels_last(module, weights) if front else channels_last(module)
     flow = Dataflow(module["main"])
@@ -139,19 +141,18 @@ def _images(flow: Dataflow, target: Target, weights: Weights) -> Iterator[_Image
         yield _Image(weight, seen, depthwise, times)
 
 
-def _image_entries(images: list[_Image], front: bool, target: Target) -> list[SparseWeight]:
+def _image_entries(images: list[_Image], front: bool, total: Times, target: Target) -> list[SparseWeight]:
     """Images are laid out one way for the network as a whole, so every entry says what that took."""
-    dense, sparse = (sum(getattr(image.times, side) for image in images) for side in ("dense", "sparse"))
-    if math.isinf(sparse):
+    if math.isinf(total.sparse):
         first = next(image for image in images if image.times.obstacle)
         name = "a convolution" if first.seen is None or first.seen.name is None else first.seen.name
         reason = f"the network's images are NHWC: in NCHW there is no kernel for {name} ({first.times.obstacle})"
     else:
-        nhwc, nchw = (shown(microseconds(cycles, target)) for cycles in (dense, sparse))
+        nhwc, nchw = (shown(microseconds(cycles, target)) for cycles in (total.dense, total.sparse))
         if front:
             reason = f"the network's images are NCHW: {nchw} beats {nhwc}"
         else:
-            verb = "beats" if dense <= sparse else "is hardly slower than"
+            verb = "beats" if total.dense <= total.sparse else "is hardly slower than"
             reason = f"the network's images are NHWC: {nhwc} {verb} {nchw}"
     entries = []
     for image in images:
@@ -174,18 +175,32 @@ def _image_entries(images: list[_Image], front: bool, target: Target) -> list[Sp
 
 
 def _some_channels_last(module: IRModule, weights: Weights) -> IRModule:
-    """In a network in NCHW, the convolutions that shall be taken as dense."""
+    """In a network in NCHW, the convolutions that shall be taken as dense, and those that have no kernel there."""
     flow = Dataflow(module["main"])
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
-        weight = flow.constant(value.args[1]) if op_of(value) == "relax.nn.conv2d" else None
+        op = op_of(value)
+        weight = flow.constant(value.args[1]) if op == "relax.nn.conv2d" else None
         if weight is None or _is_depthwise(value, weight):
-            return value
-        seen = weights.look(weight)
-        new = RULES["relax.nn.conv2d"](value, builder.emit, flow) if seen is not None and seen.dense else None
+            dense = False
+        else:
+            seen = weights.look(weight)
+            dense = seen is not None and seen.dense
+        new = RULES[op](value, builder.emit, flow) if dense or op in _STRANGERS else None
         return value if new is None else new
 
     return rebuild(module, rewrite)
+
+
+# Convolutions that have kernels in NHWC only.
+_STRANGERS = ("relax.nn.conv1d", "relax.nn.conv2d_transpose")
+
+
+def _strangers_moved(flow: Dataflow) -> float:
+    """Cycles for the transposes around these in a network in NCHW."""
+    values = [binding.value for binding in flow.bindings if op_of(binding.value) in _STRANGERS]
+    elements = sum(math.prod(shape_of(value.args[0])) + math.prod(shape_of(value)) for value in values)
+    return elements / TRANSPOSED_PER_CYCLE
 
 
 def _is_depthwise(value: relax.Call, weight: Array) -> bool:

@@ -15,10 +15,11 @@ from graphopt.codegen.prepare import prepare
 from graphopt.codegen.sparse_weights import SparseWeight
 from graphopt.passes import CANONICALISE
 from graphopt.passes.base import run_passes
+from graphopt.passes.sparsify_magnitude import SparsifyMagnitude
 from graphopt.program import Program
 from graphopt.targets import resolve
 from graphopt.targets.speed import speed_of
-from tests.programs import program_of
+from tests.programs import program_of, tiny
 
 # The same on every machine, and quick to think about: vectors of four.
 WASM = resolve("wasm")
@@ -180,6 +181,18 @@ def test_one_dense_convolution_in_a_network_in_nchw() -> None:
         assert bundle.manifest.verification.passed
 
 
+def test_convolutions_without_a_kernel_in_nchw_keep_theirs() -> None:
+    """In a network whose images are NCHW, a transposed convolution is a matrix product still, between transposes."""
+    layers = {"one": blocks(nn.Conv2d(16, 64, 3, padding=1), 0.05), "up": nn.ConvTranspose2d(64, 8, 2, 2)}
+    program = program_of(lambda net, x: net.up(net.one(x).relu()), torch.randn(1, 16, 16, 16), **layers)
+    with graphopt.compile(program, target="cpu") as bundle:
+        assert [entry["picked"] for entry in bundle.manifest.sparse_weights] == [True]
+        kernels = [kernel["template"] for kernel in bundle.manifest.kernels]
+        assert [name for name in kernels if name not in ("transpose", "tvm")] == ["spmm", "gemm"]
+        assert not any("conv2d_transpose" in kernel["where"] for kernel in bundle.manifest.kernels)
+        assert bundle.manifest.verification.passed
+
+
 @pytest.mark.parametrize("annotation", ["8x1", "dense"])
 def test_a_weight_in_front(annotation: str) -> None:
     """torch.mm(W, x) is what the sparse kernel does anyway; "dense" has it multiplied the other way round."""
@@ -259,6 +272,14 @@ def test_cuda_has_none_yet(make: Callable[[], Program]) -> None:
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "deit_s", "llama", "crnn"])
+def test_every_annotated_weight_is_listed(name: str) -> None:
+    """However lowering rearranges, splits or shares the weights of whole models, each is found by its values."""
+    program = run_passes(SparsifyMagnitude(keep=0.2)(tiny(name)), CANONICALISE)
+    assert program.annotations
+    assert list(entries(program)) == list(program.annotations)
 
 
 def test_a_weight_of_two_layers_has_two_entries() -> None:
