@@ -199,7 +199,7 @@ def _readable(view: View, contiguous_last: bool) -> bool:
     last = view.stride(3)
     if view.stride(1) is None or last is None:
         return False
-    return last == 1 or view.shape[3] == 1 or not contiguous_last or view.stride(1) == 1
+    return last == 1 or view.shape[3] == 1 or not contiguous_last or (view.stride(1) == 1 and last > 0)
 
 
 def _batched(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tvm import relax
 
 import graphopt
+from graphopt.codegen.dataflow import shape_of
 from graphopt.codegen.kernels.attention import Attention, reference
 from graphopt.codegen.kernels.template import KernelCall
 from graphopt.errors import Decline
@@ -177,6 +178,56 @@ def test_grouped_heads_are_read_by_index(tmp_path):
     out = run(Library({"a": call.kernel}, tmp_path), "a", call, *arrays)
     wide = [np.repeat(a.reshape(b, n, -1, d), h // (a.shape[2] // d), 2) for a in arrays]
     np.testing.assert_allclose(out, reference(*(w.astype(float) for w in wide), d**-0.5, None), atol=2e-6)
+
+
+def turned(b, n, m, h, d, *, back):
+    """Queries, keys and values as [b, (h d), tokens], as products with features in front leave them; `back` so too."""
+    q, k, v = variable("q", b, h * d, n), variable("k", b, h * d, m), variable("v", b, h * d, m)
+
+    def build(e):
+        def heads(x, tokens):
+            return e.emit(op.permute_dims(e.emit(op.reshape(x, (b, h, d, tokens))), [0, 3, 1, 2]))
+
+        out = e.emit(op.nn.attention(heads(q, n), heads(k, m), heads(v, m)))
+        if back:
+            return op.reshape(e.emit(op.permute_dims(out, [0, 2, 3, 1])), (b, h * d, n))
+        return op.reshape(out, (b, n, h * d))
+
+    return relax_main(build, [q, k, v])
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["turned back", "rows"])
+def test_features_in_front(tmp_path, back):
+    """Operands with tokens innermost are read as they lie, values through squares of registers where they fit."""
+    sizes = [
+        (1, 16, 16, 2, 16), (2, 13, 13, 3, 32), (1, 9, 20, 2, 8), (1, 33, 33, 1, 64), (1, 5, 17, 2, 24),
+        (1, 3, 5, 2, 16), (1, 12, 12, 2, 20), (1, 1, 1, 2, 8), (1, 2, 9, 1, 1), (2, 7, 8, 2, 8),
+    ]  # fmt: skip
+    calls = {f"a{i}": call_of(turned(*size, back=back)) for i, size in enumerate(sizes)}
+    library = Library({name: call.kernel for name, call in calls.items()}, tmp_path)
+    for (name, call), (b, n, m, h, d) in zip(calls.items(), sizes, strict=True):
+        assert [x.name for x in call.inputs] == ["q", "k", "v"]
+        q, k, v = data(b, h * d, n), data(b, h * d, m) * 2, data(b, h * d, m) + 1
+        rows = [np.moveaxis(x.astype(float).reshape(b, h, d, -1), 3, 1) for x in (q, k, v)]
+        expected = reference(*rows, d**-0.5, None).reshape(b, n, h * d)
+        out = run(library, name, call, q, k, v)
+        np.testing.assert_allclose(out.mT if back else out, expected, atol=2e-6, rtol=1e-5, err_msg=name)
+
+
+def test_values_that_are_the_same_in_a_head(tmp_path):
+    """One number for each token, repeated over a head's features, lies neither way: it is laid out first."""
+    b, n, h, d = 1, 9, 2, 16
+    q, v = variable("q", b, n, h, d), variable("v", b, h, 1, n)
+
+    def build(e):
+        wide = e.emit(op.broadcast_to(v, (b, h, d, n)))
+        return op.nn.attention(q, q, e.emit(op.permute_dims(wide, [0, 3, 1, 2])))
+
+    call = call_of(relax_main(build, [q, v]))
+    assert [shape_of(x) for x in call.inputs] == [(b, n, h, d), (b, n, h, d)]
+    x, wide = data(b, n, h, d), np.ascontiguousarray(np.broadcast_to(data(b, n, h, 1), (b, n, h, d)))
+    expected = reference(*(a.astype(float) for a in (x, x, wide)), d**-0.5, None)
+    np.testing.assert_allclose(run(Library({"a": call.kernel}, tmp_path), "a", call, x, wide), expected, atol=2e-6)
 
 
 def test_a_product_without_softmax_is_declined():
