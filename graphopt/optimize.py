@@ -210,10 +210,11 @@ def _agreement(name: str, items: list[tuple[Tensor, Tensor]]) -> Agreement:
 
 
 def sizes(program: Program) -> dict[str, int]:
-    """FLOPs, multiply-adds, parameters (elements) and stored bytes of a program."""
+    """FLOPs, those left to sparse kernels, multiply-adds, parameters (elements) and stored bytes of a program."""
     cost = summary(program)
     return {
         "flops": cost.total.flops,
+        "sparse_flops": cost.sparse_flops,
         "macs": cost.total.macs,
         "params": cost.total.params,
         "bytes": cost.stored_bytes,

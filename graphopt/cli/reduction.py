@@ -89,9 +89,11 @@ def shared_options(**given: Any) -> dict[str, Any]:
 
 
 def estimates(done: Outcome, target: Target) -> list[Times]:
-    """A row for the table: what the program is estimated to take on the target."""
+    """A row for the table: what the program is estimated to take on the target; none where zeros would save time."""
     from graphopt.optimize import estimated
 
+    if done.after.annotations:
+        return []  # the estimate is of dense kernels; `measured` and `compile --explain` know of zeros
     return [("estimated latency", *estimated(done, target))]
 
 
@@ -129,8 +131,17 @@ def print_sizes(console: Console, before: dict[str, int], after: dict[str, int],
     table.add_column("")
     for heading in ("before", "after", "stays", "factor"):
         table.add_column(heading, justify="right", no_wrap=True)
-    labels = {"flops": "FLOPs", "macs": "multiply-adds", "params": "parameters", "bytes": "weights"}
+    labels = {
+        "flops": "FLOPs",
+        "sparse_flops": "FLOPs, sparse",
+        "macs": "multiply-adds",
+        "params": "parameters",
+        "bytes": "weights",
+    }
+    sparse = any(side["sparse_flops"] != side["flops"] for side in (before, after))
     for key, label in labels.items():
+        if key == "sparse_flops" and not sparse:
+            continue
         unit = "B" if key == "bytes" else ""
         shown = [amount(side[key], unit) for side in (before, after)]
         table.add_row(label, *shown, *_ratio(before[key], after[key]))
