@@ -7,11 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from graphopt.codegen.kernels import spmm, spmm_tile
 from graphopt.codegen.kernels.conv2d import Conv2d
 from graphopt.codegen.kernels.depthwise import DepthwiseConv2d
 from graphopt.codegen.kernels.gemm import Gemm
+from graphopt.codegen.kernels.spmm import SparseProduct
+from graphopt.codegen.kernels.spmm_tile import HEIGHTS, most_vectors
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.targets.target import AVX512, RELAXED_SIMD, Target
+from tests.codegen.kernels import channels_first
 from tests.codegen.kernels.dense import Case, Shape, convolution, linear
 from tests.codegen.kernels.harness import ARM, HOST, WASM, assembly, match
 
@@ -28,10 +32,14 @@ TARGETS = {
 }
 
 
+def straight(text: str) -> list[str]:
+    """Assembly in pieces without jumps."""
+    return re.split(r"^(?:\.LBB\w+:|\tj\w+\t|\tb\.\w+\t|\tcbn?z\t|\tloop|\tend_loop).*$", text, flags=re.M)
+
+
 def hottest_block(text: str, operation: str) -> str:
     """The straight piece of assembly with the most of an operation."""
-    blocks = re.split(r"^(?:\.LBB\w+:|\tj\w+\t|\tb\.\w+\t|\tcbn?z\t|\tloop|\tend_loop).*$", text, flags=re.M)
-    return max(blocks, key=lambda b: len(re.findall(operation, b)))
+    return max(straight(text), key=lambda b: len(re.findall(operation, b)))
 
 
 def inner_loop(case: Case, template: Template, name: str) -> tuple[KernelCall, str, int]:
@@ -80,6 +88,61 @@ def test_depthwise_keeps_its_strip_in_registers(name):
     _, _, spill = TARGETS[name]
     assert count >= 3 * int(call.parameters["strip"]) - 1
     assert not re.search(spill, block), block
+
+
+def check_blocks(case: Case, name: str) -> KernelCall:
+    """Every loop over blocks has whole trips of height * vectors multiply-adds, and no vector through the stack."""
+    target, operation, spill = TARGETS[name]
+    call = case.call
+    plan = call.key[0]
+    trips = {section.height * len(group.places) for section in plan.sections for group in plan.panels}
+    seen = set()
+    for block in straight(assembly(call.kernel, target)):
+        count = len(re.findall(operation, block))
+        if not count:
+            continue
+        seen |= {each for each in trips if count % each == 0}
+        assert any(count % each == 0 for each in trips), f"{count} of {trips}: {block}"
+        assert not re.search(spill, block), block
+        # One instruction set multiplies and adds apart: as many of one as of the other.
+        if not target.isa.has_fma:
+            assert len(re.findall(operation.replace("mul", "add"), block)) == count
+        # Every multiply-add is of whole registers.
+        assert not re.search(r"\t(vfmadd\d+ss|vmulss|fmadd|fmul\ts|f32\.mul)\b", block), block
+    assert seen == trips
+    return call
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_widest_sparse_tiles_stay_in_registers(name, height, monkeypatch):
+    """The most vectors that may be chosen for each height of blocks, for rows of tokens."""
+    target = TARGETS[name][0]
+    most = most_vectors(height, target.isa)
+    monkeypatch.setattr(spmm, "HEIGHTS", (height,))
+    monkeypatch.setattr(spmm, "most_vectors", lambda height, isa: most)
+    # However the estimates weigh it: the widest is what is left where narrower ones are not asked for.
+    monkeypatch.setattr(spmm, "rows_of_pixels", lambda *image: spmm_tile.rows_of_pixels(*image[:-1], most))
+    case = channels_first.linear(
+        64, 128, lanes(target) * most * 2, "bias", SparseProduct(), word="dense", target=target
+    )
+    assert check_blocks(case, name).parameters["vectors"] == most
+
+
+@pytest.mark.parametrize("word", ["unstructured", "4x1", "2:4"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_chosen_sparse_tiles_stay_in_registers(name, word):
+    """A layer of MobileNet, a padded 3 x 3 convolution and a linear layer, with the tiles that are chosen for them."""
+    target = TARGETS[name][0]
+    given = {"word": word, "keep": 0.15, "target": target}
+    three = Shape((14, 14), 64, 64, padding=(1, 1, 1, 1))
+    for case in (
+        channels_first.convolution(Shape((14, 14), 256, 256, (1, 1)), "bias_relu6", SparseProduct(), **given),
+        channels_first.convolution(three, "bias_residual_relu", SparseProduct(), **given),
+        channels_first.linear(256, 192, 197, "bias", SparseProduct(), **given),
+    ):
+        call = check_blocks(case, name)
+        assert int(call.parameters["height"]) * int(call.parameters["vectors"]) >= 4, "too few to hide latency"
 
 
 @pytest.mark.parametrize("name", TARGETS)
