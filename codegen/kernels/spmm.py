@@ -43,7 +43,7 @@ from graphopt.codegen.kernels.spmm_tile import (
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
 from graphopt.errors import Decline
-from graphopt.targets.target import Target
+from graphopt.targets.target import Isa, Target
 
 TASKS = 16  # as many as there may be threads
 COPY_CYCLES = 2.5  # for each vector of X that is copied
@@ -66,6 +66,7 @@ class Spmm:
     planes: Planes
     outputs: int
     lanes: int
+    isa: Isa
     panels: tuple[Panels, ...]
     gaps: bool  # panels run over rows with their gaps, and results are moved together
     sections: tuple[Shape, ...]
@@ -188,7 +189,17 @@ def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, 
         tasks = [window.batch * (1 if plan.gaps else group.count) for group in plan.panels]
         chunks = [min(section.block_rows, -(-TASKS // count)) if parallel else 1 for count in tasks]
         shapes.append(Shape(section.height, section.block_rows, section.blocks, tuple(chunks)))
-    spmm = Spmm(planes, len(matrix), plan.lanes, plan.panels, plan.gaps, tuple(shapes), parallel, after.epilogue)
+    spmm = Spmm(
+        planes=planes,
+        outputs=len(matrix),
+        lanes=plan.lanes,
+        isa=target.isa,
+        panels=plan.panels,
+        gaps=plan.gaps,
+        sections=tuple(shapes),
+        parallel=parallel,
+        epilogue=after.epilogue,
+    )
     constants: list[Array] = []
     for section, shape in zip(sections, shapes, strict=True):
         runs = [section.bounds(chunks) for chunks in dict.fromkeys(shape.chunks)]
@@ -338,9 +349,8 @@ class _Writer:
     def block_row(self, number: int, section: Shape, row: Expr, starts: list[Expr], finish: object) -> None:
         """One block row for one panel."""
         values, offsets, ends = (self.named[f"{name}{number}"] for name in ("values", "offsets", "ends"))
-        emit_block_row(
-            self.x, values, offsets, ends, row, section.height, self.spmm.lanes, starts, finish  # type: ignore[arg-type]
-        )  # fmt: skip
+        tile = (section.height, self.spmm.lanes, self.spmm.isa)
+        emit_block_row(self.x, values, offsets, ends, row, tile, starts, finish)  # type: ignore[arg-type]
 
     def store(self, image: Expr, output: Expr, pixel: Expr, value: Expr, lanes: int) -> None:
         """A vector of results of one output, through the epilogue."""

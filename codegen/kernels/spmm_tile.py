@@ -125,6 +125,22 @@ def product_cycles(
     return total
 
 
+def wide(index: Expr, isa: Isa) -> Expr:
+    """An index in as many bits as addresses have, where LLVM would extend it anew for each block."""
+    return tirx.Cast("int64", index) if isa.name == "neon" else index
+
+
+def block_weights(values: Buffer, start: Expr, height: int, lanes: int, isa: Isa) -> Callable[[int], Expr]:
+    """The weights of a block that begin at `start`: a function that emits the one of an output, in every lane.
+
+    NEON multiplies with a lane of a register: there, four weights are one load.
+    """
+    if isa.name != "neon" or lanes != isa.lanes() or height % lanes:
+        return lambda o: T.Bind(spread(load(values, start + o, 1, "float32"), lanes))
+    fours = [T.Bind(load(values, start + first, lanes, "float32")) for first in range(0, height, lanes)]
+    return lambda o: tirx.Shuffle([fours[o // lanes]], [tirx.IntImm("int32", o % lanes)] * lanes)
+
+
 # block row's first output, number in the block, vector's number in the panel, result
 Finish = Callable[[Expr, int, int, Expr], None]
 
@@ -135,23 +151,28 @@ def emit_block_row(
     offsets: Buffer,
     ends: Buffer,
     row: Expr,
-    height: int,
-    lanes: int,
+    tile: tuple[int, int, Isa],
     starts: Sequence[Expr],
     finish: Callable[[int, int, Expr], None],
 ) -> None:
-    """Emit one block row for one panel: clear, reduce, finish(output in the block, vector, result)."""
+    """Emit one block row for one panel: clear, reduce, finish(output in the block, vector, result).
+
+    `tile` is the height of blocks, the elements of a vector, and what it is written for.
+    """
+    height, lanes, isa = tile
     vectors = len(starts)
     acc = Registers(height * vectors, lanes, "float32")
     first = T.Bind(tirx.BufferLoad(ends, [row]))
+    starts = [wide(start, isa) for start in starts]
     with T.serial(0, tirx.BufferLoad(ends, [row + 1]) - first) as n:
         block = T.Bind(first + n)
-        at = T.Bind(tirx.BufferLoad(offsets, [block]))
+        at = T.Bind(wide(tirx.BufferLoad(offsets, [block]), isa))
         inputs = [load(x, at + start, lanes, "float32") for start in starts]
         if height > 1:
             inputs = [T.Bind(value) for value in inputs]
+        weights = block_weights(values, wide(block, isa) * height, height, lanes, isa)
         for o in range(height):
-            weight = T.Bind(spread(load(values, block * height + o, 1, "float32"), lanes))
+            weight = weights(o)
             for v in range(vectors):
                 acc[o * vectors + v] = acc[o * vectors + v] + weight * inputs[v]
     for o in range(height):
