@@ -15,7 +15,7 @@ environment() { # NAME REQUIREMENT...
     name=$1
     shift
     [ -d "$name" ] || "${PYTHON:-python3}" -m venv "$name"
-    "$name/bin/pip" install --quiet --no-cache-dir "$@"
+    "$name/bin/python" -m pip install --quiet --no-cache-dir "$@"
 }
 
 for peer in "$@"; do
