@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
 from graphopt.axes import axis as ax
-from graphopt.axes import rules_math, rules_select, rules_shape  # noqa: F401 (they register their rules)
+from graphopt.axes import rules_math, rules_recurrent, rules_select, rules_shape  # noqa: F401 (they register rules)
 from graphopt.axes.axes import LETTERS, ROLES, Axes, is_pointwise, operator_of, results_of
 from graphopt.axes.axis import Axis
 from graphopt.axes.call import RULES, Call, GaveUp
@@ -161,7 +161,12 @@ class Inference:
             if before is None or after is None or len(scores) < 3:
                 continue
             query, value = before.all_input_nodes[-2], after.all_input_nodes[-1]
-            self.notes.append((scores[-3], "head", node))
+            key = results_of(self.dims[before.all_input_nodes[-1]])[0]
+            shared = {atom for axis in key for atom in ax.atoms(axis)}
+            if len(scores) > 4 and not shared & set(ax.atoms(scores[-3])):  # queries that share a head of keys
+                self.notes += [(scores[-4], "head", node), (scores[-3], "query_group", node)]
+            else:
+                self.notes.append((scores[-3], "head", node))
             self.notes += [(axis, "token", node) for axis in scores[-2:]]
             for tensor in (query, value):
                 own = results_of(self.dims[tensor])[0]

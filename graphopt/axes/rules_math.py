@@ -1,4 +1,4 @@
-"""Rules of operators that compute: matrix products, reductions, norms, attention, recurrent layers."""
+"""Rules of operators that compute: matrix products, reductions, norms, attention."""
 
 from __future__ import annotations
 
@@ -30,12 +30,32 @@ def _product(call: Call, a: Any, b: Any) -> Dims:
 def matmul(call: Call) -> Dims:
     """Batched matrix product, batch dimensions broadcast; with a stored matrix it is a linear layer, written out."""
     other = call.arg("other")
-    out = _product(call, call.arg("self" if call.has("self") else "input"), other)
-    matrix = call.dims(other)
-    if len(matrix) == 2 and isinstance(other, Node) and call.constant(Axes.source(other)) is not None:
-        for axis in matrix:
-            call.role(axis, "neuron")
+    first = call.arg("self" if call.has("self") else "input")
+    out = _product(call, first, other)
+    _layer(call, first, other)
     return out
+
+
+@rule("bmm")
+def bmm(call: Call) -> Dims:
+    """A matrix product for each item of a batch; where matrices are stored, a linear layer each."""
+    first, second = call.arg("self"), call.arg("mat2")
+    out = _product(call, first, second)
+    _layer(call, first, second)
+    return out
+
+
+def _layer(call: Call, *operands: Any) -> None:
+    """Rows and columns of a stored matrix, or of a stack of such, are neurons, as those of a linear layer."""
+    for operand in operands:
+        dims = call.dims(operand)
+        if len(dims) > 1 and _is_stored(call, operand):
+            for axis in dims[-2:]:
+                call.role(axis, "neuron")
+
+
+def _is_stored(call: Call, operand: Any) -> bool:
+    return isinstance(operand, Node) and call.constant(Axes.source(operand)) is not None
 
 
 @rule("addmm", "baddbmm", "addmv")
@@ -44,6 +64,7 @@ def addmm(call: Call) -> Dims:
     pairs = (("mat1", "mat2"), ("batch1", "batch2"), ("mat", "vec"))
     first, second = next(pair for pair in pairs if call.has(pair[0]))
     out = _product(call, call.arg(first), call.arg(second))
+    _layer(call, call.arg(first), call.arg(second))
     return call.broadcast([out, call.dims(call.arg("self"))], call.shape)
 
 
@@ -93,7 +114,10 @@ def einsum(call: Call) -> Dims:
         result = ("..." if "..." in terms else "") + "".join(letters)
     env: dict[str, Axis] = {}
     leading: list[Dims] = []
+    stored: list[str] = []
     for term, operand in zip(names, operands, strict=True):
+        if _is_stored(call, operand):
+            stored += _neurons(term, [other for other in names if other is not term], result)
         dims = call.dims(operand)
         before, dots, after = term.partition("...")
         if not dots:
@@ -111,6 +135,8 @@ def einsum(call: Call) -> Dims:
                 call.unify(known, axis)
             if letter not in result:
                 call.contracted(operand, place)
+    for letter in stored:
+        call.role(env[letter], "neuron")
     before, dots, after = result.partition("...")
     if not dots:
         if leading:
@@ -118,6 +144,12 @@ def einsum(call: Call) -> Dims:
         return [env[letter] for letter in result]
     shape = call.shape[len(before) : len(call.shape) - len(after)]
     return [env[n] for n in before] + call.broadcast(leading, shape) + [env[n] for n in after]
+
+
+def _neurons(term: str, others: list[str], result: str) -> list[str]:
+    """The letters of a stored operand that it sums over with others, or brings in: not those of a batch of matrices."""
+    elsewhere = set("".join(others))
+    return [name for name in term if name.isalpha() and (name in elsewhere) != (name in result)]
 
 
 # Reductions -----------------------------------------------------------------------------------------------------------
@@ -287,76 +319,6 @@ def attention(call: Call) -> Dims:
     if call.arg("scale", None) is None:
         call.literal("scale", 1 / math.sqrt(q[-1].extent))
     return [*heads, q[-2], v[-1]]
-
-
-# Recurrent layers -----------------------------------------------------------------------------------------------------
-
-
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(call: Call) -> Several:
-    """Gates are stacked in the first dimension of every weight; the state is one axis throughout the call."""
-    if not call.has("input"):
-        raise GaveUp("packed sequences")
-    x = call.dims(call.arg("input"))
-    states = call.arg("hx")
-    states = list(states) if isinstance(states, (list, tuple)) else [states]
-    two = 2 if call.arg("bidirectional") else 1
-    params, biased, layers = list(call.arg("params")), call.arg("has_biases"), int(call.arg("num_layers"))
-    per = len(params) // (layers * two)
-    if per != (4 if biased else 2):
-        raise GaveUp("projected states")
-    hidden = call.dims(params[1])[1]
-    gates = call.dims(params[1])[0].extent // hidden.extent
-    incoming = x[-1]
-    call.role(hidden, "neuron")
-    for layer in range(layers):
-        for side in range(two):
-            own = params[per * (two * layer + side) :][:per]
-            for place, param in enumerate(own):
-                dims = call.dims(param)
-                gate = call.fresh([gates], pin="gates")[0]
-                call.unify(dims[0], ax.product([gate, hidden]))
-                if place < 2:
-                    call.unify(dims[1], incoming if place == 0 else hidden)
-                    call.contracted(param, 1)
-        incoming = ax.concatenation([hidden] * two)
-    results = [[*x[:-1], incoming]]
-    if len(x) == 3:
-        time, batch = (x[1], x[0]) if call.arg("batch_first") else (x[0], x[1])
-    else:
-        time, batch = x[0], None
-    call.pin(time, "one step after another")
-    for state in states:
-        dims = call.dims(state)
-        call.pin(dims[0], "layers of states")
-        call.unify(dims[-1], hidden)
-        if batch is not None:
-            call.unify(dims[1], batch)
-        results.append([dims[0], *dims[1:-1], hidden])
-    return results
-
-
-@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-def cell(call: Call) -> Dims | Several:
-    """One step: gates are stacked in the first dimension of the weights."""
-    x, states = call.dims(call.arg("input")), call.arg("hx")
-    states = list(states) if isinstance(states, (list, tuple)) else [states]
-    hidden = call.dims(states[0])[-1]
-    call.role(hidden, "neuron")
-    for state in states:
-        dims = call.dims(state)
-        call.unify(dims[-1], hidden)
-        call.tie(dims[:-1], x[:-1])
-    for name, incoming in (("w_ih", x[-1]), ("w_hh", hidden), ("b_ih", None), ("b_hh", None)):
-        dims = call.dims(call.arg(name))
-        if dims:
-            gates = call.pinned_axis(dims[0].extent // hidden.extent, "gates")
-            call.unify(dims[0], ax.product([gates, hidden]))
-        if incoming is not None:
-            call.unify(dims[1], incoming)
-            call.contracted(call.arg(name), 1)
-    result = [*x[:-1], hidden]
-    return [list(result) for _ in call.shapes] if isinstance(call.node.meta["val"], (list, tuple)) else result
 
 
 # Transforms, convolutions in one operator -----------------------------------------------------------------------------

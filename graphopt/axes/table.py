@@ -30,7 +30,6 @@ SIGNATURES: dict[str, Signature] = {
     # Linear algebra
     "linear": Signature("... i, o i, o? -> ... o", roles={"o": "neuron", "i": "neuron"}),
     "mm": Signature("m k, k n -> m n", roles={"k": "neuron"}),
-    "bmm": Signature("b m k, b k n -> b m n"),
     "mv": Signature("m k, k -> m"),
     **dict.fromkeys(("dot", "vdot"), Signature("k, k ->")),
     "outer": Signature("m, n -> m n"),
