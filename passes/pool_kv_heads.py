@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.axes import Axes, Axis, find, infer, owner, results_of
-from graphopt.axes.axis import atoms
+from graphopt.axes.axis import atoms, parts
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, CannotShrink, Decline
-from graphopt.exported import op_name
 from graphopt.passes.base import Pass
+from graphopt.passes.repeated_heads import is_attention, unrepeated
 from graphopt.place import place
+from graphopt.program import Program
 from graphopt.shrink import shrink_in
 
 
@@ -27,12 +28,13 @@ class PoolKvHeads(Pass):
         before  q (h=8 d), k (h=8 d), v (h=8 d)     attention(q, k, v)
         after   q (h=8 d), k (h=2 d), v (h=2 d)     attention(q, k, v, enable_gqa), 4 query heads read each
 
-    kv_heads: how many stay; it divides the number of heads. 1 is multi-query attention.
+    kv_heads: how many stay; it divides the number of heads of keys. 1 is multi-query attention.
     conversion: "mean-pool" takes consecutive heads for a group, as the paper does; "group" those whose keys and values
         have the most similar weights, and re-orders the query heads to match, which by itself changes nothing.
 
     Attention must be one operator, with keys and values from layers of their own: one tensor for queries, keys and
-    values is declined. The cache of keys and values shrinks alike; the work of attention itself does not.
+    values is declined. Where query heads share heads of keys already, by repetition or in attention itself, these are
+    pooled further. The cache of keys and values shrinks alike; the work of attention itself does not.
 
     Source: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
     EMNLP 2023, arXiv:2305.13245. Differs: up-training is a step of its own; grouping by similarity is ours.
@@ -44,22 +46,30 @@ class PoolKvHeads(Pass):
     kv_heads: int | None = None
     conversion: Literal["mean-pool", "group"] = "mean-pool"
 
-    def apply(self, edit: Edit) -> None:
+    def __call__(self, program: Program) -> Program:
         """See Pass. Raises BadOption where nothing says how many heads stay."""
         if self.kv_heads is None or self.kv_heads < 1:
             raise BadOption(
                 what=f"{self.name}: kv_heads is {self.kv_heads}", way_out="give how many heads stay, from 1"
             )
+        after = super().__call__(unrepeated(program))
+        return after if after.records[-1].changed else program.replace(records=after.records)
+
+    def apply(self, edit: Edit) -> None:
+        """See Pass."""
+        assert self.kv_heads is not None, "a number of heads is checked for before"
         axes = infer(edit.program)
         found: dict[Axis, list[Node]] = {}
         for node in axes.program.graph.nodes:
-            if node.op == "call_function" and "scaled_dot_product_attention" in op_name(node):
+            if is_attention(node):
                 head = _head_of(axes, node)
                 reason = head if isinstance(head, str) else _why_not(head, self.kv_heads)
                 if reason is not None or isinstance(head, str):
                     edit.declined.append(Decline(place(node), str(reason)))
                 else:
                     found.setdefault(head, []).append(node)
+        if not found and not edit.declined:
+            edit.declined.append(Decline(axes.program.name, "no attention is one operator"))
         for head, calls in list(found.items()):
             path = _path(axes, head, calls)
             if isinstance(path, str):
@@ -123,14 +133,18 @@ def balanced(items: Tensor, each: int) -> list[list[int]]:
 
 
 def _head_of(axes: Axes, call: Node) -> Axis | str:
-    """The axis of heads that queries, keys and values of an attention have in common, or why there is none."""
+    """The axis of heads of an attention's keys and values, which queries have as well, or why there is none."""
     dims = [results_of(axes.dims[source])[0] for source in call.all_input_nodes[:3]]
     if any(len(own) < 3 for own in dims):
         return "attention without a dimension of heads"
-    heads = [find(own[-3]) for own in dims]
-    if call.kwargs.get("enable_gqa") or any(head is not heads[0] for head in heads) or heads[0].kind is not None:
-        return "query heads share heads of keys and values already"
-    return "one head" if heads[0].extent == 1 else f"axis is pinned: {heads[0].pinned}" if heads[0].pinned else heads[0]
+    query, head, values = (find(own[-3]) for own in dims)
+    if head.extent == 1:
+        return "it has one head of keys and values"
+    if head is not values or head.kind is not None:
+        return "keys and values are not by the same heads"
+    if head is not parts(query, "product")[0]:
+        return "query heads are not in groups, one after another, for the heads of keys and values"
+    return f"axis is pinned: {head.pinned}" if head.pinned else head
 
 
 def _path(axes: Axes, head: Axis, calls: Sequence[Node]) -> frozenset[Node] | str:

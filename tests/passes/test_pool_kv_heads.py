@@ -8,9 +8,10 @@ import torch
 from graphopt.axes import infer
 from graphopt.errors import BadOption
 from graphopt.passes.pool_kv_heads import PoolKvHeads, balanced
+from graphopt.passes.repeated_heads import unrepeated
 from tests.passes.reducing import prepared, shapes
 from tests.passes.test_reduce_query_heads import HEAD, grouped
-from tests.programs import assert_same
+from tests.programs import assert_same, ops
 
 
 def test_four_heads_share_two():
@@ -64,13 +65,49 @@ def test_pooling_is_the_mean():
 
 
 def test_what_is_left_alone_says_why():
-    """Fused projections, grouped attention and numbers that do not divide are declined."""
+    """Fused projections, attention in several operators and numbers that do not divide are declined."""
     fused = PoolKvHeads(2)(prepared("gpt2")).records[-1]
     assert not fused.changed
     assert all("queries come from the same tensor" in decline.reason for decline in fused.declined)
     assert "cannot share 3" in PoolKvHeads(3)(grouped(8, 8)).records[-1].declined[0].reason
-    assert "already" in PoolKvHeads(2)(grouped(8, 2)).records[-1].declined[0].reason
+    assert "cannot share 3" in PoolKvHeads(3)(grouped(8, 2)).records[-1].declined[0].reason
+    assert "no more heads" in PoolKvHeads(2)(grouped(8, 2)).records[-1].declined[0].reason
+    assert "one head of keys" in PoolKvHeads(1)(grouped(8, 1)).records[-1].declined[0].reason
+    assert "no attention is one operator" in PoolKvHeads(1)(prepared("hard:gqa_matmul")).records[-1].declined[0].reason
     assert "no more heads" in PoolKvHeads(8)(grouped(8, 8)).records[-1].declined[0].reason
+
+
+@pytest.mark.parametrize("conversion", ["mean-pool", "group"])
+def test_grouped_heads_pool_further(conversion):
+    """Eight query heads on four of keys become eight on two and on one; equal ones exactly."""
+    after = PoolKvHeads(2, conversion)(grouped(8, 4))
+    assert shapes(after)["k.weight"] == [8, 32]
+    assert shapes(after)["q.weight"] == [32, 32]
+    assert [axis.extent for axis in infer(after).free("query_group")] == [4]
+    assert shapes(PoolKvHeads(1, conversion)(after))["v.weight"] == [4, 32]
+    before = equal(grouped(8, 4), [[0, 3], [1, 2]] if conversion == "group" else [[0, 1], [2, 3]])
+    assert_same(before, PoolKvHeads(2, conversion)(before), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gqa_sdpa", "gqa_repeat", "gqa_expand"])
+def test_repeated_heads_pool_further(name):
+    """A decoder whose two heads of keys are written out three times each: one is left, for attention to share."""
+    before = prepared(f"hard:{name}")
+    assert_same(before, unrepeated(before), tolerance=1e-5)
+    after = PoolKvHeads(1)(before)
+    assert after.records[-1].changed == {"attention": 2}
+    assert "repeat_interleave" not in ops(after)
+    assert ops(after).count("expand") == ops(prepared("hard:gqa_sdpa")).count("expand")
+    keys = [shape for key, shape in shapes(after).items() if "project.1" in key]
+    assert keys == [[8, 28], [8, 28]]
+
+
+def test_repetitions_stay_where_nothing_is_pooled():
+    """Nothing to do leaves the program as it is."""
+    before = prepared("hard:gqa_expand")
+    after = PoolKvHeads(2)(before)
+    assert str(after) == str(before)
+    assert unrepeated(grouped(4, 4)).records == ()
 
 
 def test_groups_are_balanced():
