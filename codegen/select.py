@@ -69,8 +69,14 @@ def select(module: IRModule, target: Target) -> Selection:
         inputs = relax.Tuple(list(at[binding.var].call.inputs))
         return relax.call_dps_packed(names[binding.var], inputs, out_ty=kinds)
 
-    calls = {names[var]: chosen for var, chosen in at.items()}
-    return Selection(rebuild(module, rewrite), calls, tuple(declined))
+    module = rebuild(module, rewrite)
+    # A kernel that reads through a transpose leaves it without readers, and its call was not written.
+    written = {b.value.args[0].global_symbol for b in Dataflow(module["main"]).bindings if op_of(b.value) == _CALL}
+    calls = {names[var]: chosen for var, chosen in at.items() if names[var] in written}
+    return Selection(module, calls, tuple(declined))
+
+
+_CALL = "relax.call_dps_packed"
 
 
 def _operators(flow: Dataflow, call: KernelCall) -> str:
