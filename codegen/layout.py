@@ -24,7 +24,7 @@ from tvm.ir import IRModule
 from graphopt.codegen.channels_last import RULES, channels_last
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.spmm import convolution, plan_of, tokens_as_image
-from graphopt.codegen.kernels.spmv import STREAM_BYTES_PER_CYCLE, height_of
+from graphopt.codegen.kernels.spmv import height_of
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.sparse_weights import Seen, SparseWeight, Weights, microseconds, shown
 from graphopt.cost.register_tile import best_tile, cycles
@@ -33,6 +33,8 @@ from graphopt.targets.target import Target
 
 # An estimate must be better by this much before a layout is changed for it.
 GAIN = 0.95
+# Bytes per cycle at which a dense matrix streams from the third-level cache.
+STREAM_BYTES_PER_CYCLE = 24
 # Elements per cycle that a transpose moves.
 TRANSPOSED_PER_CYCLE = 2.0
 
@@ -52,7 +54,9 @@ def lay_out(module: IRModule, target: Target, weights: Weights) -> tuple[IRModul
     images = list(_images(flow, target, weights))
     dense = sum(image.times.dense for image in images)
     sparse = sum(image.times.sparse for image in images) + _strangers_moved(flow)
-    front = bool(images) and sparse <= GAIN * dense
+    # Without zeros there is nothing to gain, whatever the estimates of dense kernels differ by.
+    zeros = any(not image.obstacle and image.seen and 1 - image.seen.density >= LEAST_ZEROS for image in images)
+    front = zeros and sparse <= GAIN * dense
     entries = _image_entries(images, front, Times(dense, sparse), target)
     entries += _others(flow, ("relax.nn.conv1d", "relax.nn.conv3d"), target, weights)
     module = _some_channels_last(module, weights) if front else channels_last(module)

@@ -32,7 +32,7 @@ TASKS = 16  # as many as there may be threads
 SUMS = 4  # in flight
 # Cycles for a block of short vectors, and for a row. Measured on Zen 5, weights in the third-level cache.
 BLOCK_CYCLES, ROW_CYCLES = 1.15, 12.0
-STREAM_BYTES_PER_CYCLE = 24
+BLOCK_BYTES_PER_CYCLE = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def height_of(matrix: Array, target: Target) -> tuple[int, float]:
     while height <= min(target.isa.lanes(), len(matrix)):
         whole = len(matrix) // height * height
         blocks = blocks_of(matrix[:whole], height) + int(np.count_nonzero(matrix[whole:]))
-        each = max(BLOCK_CYCLES, (4 * height + 4) / STREAM_BYTES_PER_CYCLE)
+        each = max(BLOCK_CYCLES, (4 * height + 4) / BLOCK_BYTES_PER_CYCLE)
         cycles = blocks * each + (whole // height + len(matrix) - whole) * ROW_CYCLES
         if cycles <= best[1]:
             best = (height, cycles)
