@@ -17,7 +17,7 @@ from graphopt.errors import BadOption, Decline
 from graphopt.passes.base import Pass
 from graphopt.passes.checks import check_count, check_included, check_share, matches, not_excluded
 from graphopt.passes.residual import Branch, branches, dying
-from graphopt.passes.sizes import amount, limit, nothing, unreachable
+from graphopt.passes.sizes import amount, limit, nothing, short_of, unreachable
 from graphopt.program import Program
 
 
@@ -32,10 +32,11 @@ class DropBlocks(Pass):
     with other inputs (masks, conditions) or not; a scaled shortcut keeps its scale. What the branch alone needed goes
     with it. With `unit` "layer" the branches of one numbered layer of the model (`blocks.3`) go together.
 
-    Blocks are scored on calibration data: "output" is how far the program's outputs are without it, as a share of their
-    squared size; "cosine" is 1 - cos(before, after), over the features of a position, which takes one run for all, and
-    where a block hardly turns what flows by, it is small. The least important goes first. With `remeasure` the rest are
-    scored anew after each. What in the end fits into the budget again comes back, the most important first.
+    Blocks are scored on calibration data by `criterion`: "output" is how far the program's outputs are without it, as a
+    share of their squared size; "cosine" is 1 - cos(before, after), over the features of a position, which takes one
+    run for all, and where a block hardly turns what flows by, it is small. The least important goes first. With
+    `remeasure` the rest are scored anew after each. What in the end fits into the budget again comes back, the most
+    important first.
 
     budget: what the whole program may cost, of FLOPs, multiply-adds, parameters or bytes; or
     keep: the share of the blocks that stays; or
@@ -84,10 +85,14 @@ class DropBlocks(Pass):
             if self.budget is not None and amount(program, self.budget.kind) > limit(program, self.budget):
                 raise nothing(program, self.budget, self.name, reason)
         data = calibration(self.calibration, program) if blocks else ()
-        for name, score in self._choose(program, blocks, data).items():
+        chosen = self._choose(program, blocks, data)
+        for name, score in chosen.items():
             edit.details.append({"block": name, "score": score})
             remove(edit, blocks[name])
             edit.count("block")
+        if self.budget is not None and chosen:
+            left = amount(_without(program, blocks, chosen), self.budget.kind)
+            edit.notes += short_of(program, self.budget, left, "a block goes whole")
 
     def _named(self, found: Sequence[Branch]) -> dict[str, list[Branch]]:
         """The blocks by name, in order."""
@@ -105,11 +110,7 @@ class DropBlocks(Pass):
         """The blocks that go, in the order of their going, with their scores."""
 
         def without(names: Collection[str]) -> Program:
-            edit = Edit(program)
-            nodes = {node.name: node for node in edit.graph.nodes}
-            for name in names:
-                remove(edit, blocks[name], nodes)
-            return program.replace(exported=edit.finish())
+            return _without(program, blocks, names)
 
         def fits(names: Collection[str]) -> bool:
             if self.budget is None:
@@ -159,6 +160,15 @@ class DropBlocks(Pass):
             pairs = [_distance(right, tried.run(batch)) for right, batch in zip(wanted, data, strict=True)]
             scores[name] = sum(pairs) / len(pairs)
         return scores
+
+
+def _without(program: Program, blocks: Mapping[str, Sequence[Branch]], names: Collection[str]) -> Program:
+    """The program without some of the blocks."""
+    edit = Edit(program)
+    nodes = {node.name: node for node in edit.graph.nodes}
+    for name in names:
+        remove(edit, blocks[name], nodes)
+    return program.replace(exported=edit.finish())
 
 
 def remove(edit: Edit, block: Sequence[Branch], nodes: Mapping[str, Node] | None = None) -> None:

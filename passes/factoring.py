@@ -20,7 +20,7 @@ from graphopt.passes.base import Pass
 from graphopt.passes.checks import check_count, check_included, check_share, matches, not_excluded
 from graphopt.passes.layers import LINEAR, Layer, layer_of, samples_of
 from graphopt.passes.ranks import Choice, choose
-from graphopt.passes.sizes import amount, limit, nothing
+from graphopt.passes.sizes import amount, limit, nothing, short_of
 from graphopt.program import Program
 
 # Second moments (ins, ins) and the mean (ins,) of what a layer reads.
@@ -117,6 +117,11 @@ class Factoring(Pass):
             found[layer.name].put(edit, layer, rank)
             edit.details.append({"layer": layer.name, "rank": rank})
             edit.count(op_name(layer.node).removeprefix("aten.").partition(".")[0])
+        if self.budget is not None and any(rank is not None for rank in ranks.values()):
+            kind = self.budget.kind
+            saved = sum(self._size(layer, None, kind) - self._size(layer, ranks[layer.name], kind) for layer in layers)
+            why = "no ranks come nearer" if self.step == 1 else "no multiples of the step come nearer"
+            edit.notes += short_of(program, self.budget, amount(program, kind) - saved, why)
 
     def _layers(self, edit: Edit, program: Program) -> list[Layer]:
         wanted = None if self.include else feed_forward(infer(program))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphopt.budget import Budget
+from graphopt.budget import SLACK, Budget
 from graphopt.cost import summary
 from graphopt.errors import BadOption, BudgetUnreachable, NothingToCut
 from graphopt.program import Program
@@ -35,6 +35,20 @@ def nothing(program: Program, budget: Budget, name: str, reason: str) -> Nothing
     whole = amount(program, budget.kind)
     asked = budget.show(budget.limit(whole), whole)
     return NothingToCut(file=program.name, kind=budget.kind, asked=asked, name=name, reason=reason)
+
+
+def short_of(program: Program, budget: Budget, left: float, why: str) -> list[str]:
+    """A note where more than SLACK of a budget is not used, with why; none where it is.
+
+    Args:
+        program: before the pass.
+        left: what the program has of the budgeted quantity after it.
+    """
+    whole = amount(program, budget.kind)
+    allowed = budget.limit(whole)
+    if left >= (1 - SLACK) * allowed:
+        return []
+    return [f"{budget.show(left, whole)} of {budget.show(allowed, whole)} {budget.kind} is used, because {why}"]
 
 
 def unreachable(name: str, budget: Budget, least: float, whole: float) -> BudgetUnreachable:

@@ -122,7 +122,12 @@ def stdout() -> Console:
     """Rich's console on standard output; wide where that is no terminal, so that nothing is cut off."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    class Standard(Console):
+        def on_broken_pipe(self) -> None:
+            """Rich would end with 1, which says that a check failed; whoever runs the verb knows better."""
+            raise BrokenPipeError
+
+    return Standard(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 def input_shapes(texts: list[str] | None) -> dict[str, Any]:

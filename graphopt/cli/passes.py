@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from graphopt.cli.common import Debug, Json, Output, Quiet, Verbose
 if TYPE_CHECKING:
     from rich.console import Console
 
+_OPTION = re.compile(r"(?P<names>[a-z_]+(?:, [a-z_]+)*): (?P<text>.+)")
 _SOURCE = re.compile(r"^Sources?:\s*(?P<text>.+?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -39,7 +41,7 @@ def passes(
 
         near = difflib.get_close_matches(name, [entry["name"] for entry in entries], 1)
         raise UnknownPass(name=name, near=f"; did you mean {near[0]}?" if near else "")
-    out.result(found[0], lambda console: _print_one(console, found))
+    out.result({"passes": found}, lambda console: _print_one(console, found))
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -58,8 +60,14 @@ def catalogue() -> list[dict[str, Any]]:
 def _entry(kind: str, name: str, cls: type, default: bool) -> dict[str, Any]:
     text = inspect.cleandoc(cls.__doc__ or "")
     source = _SOURCE.search(text)
+    texts = _option_texts(cls)
     options = [
-        {"name": field.name.replace("_", "-"), "type": str(field.type), "default": _default(field)}
+        {
+            "name": field.name.replace("_", "-"),
+            "type": str(field.type),
+            "default": _default(field),
+            "text": texts.get(field.name),
+        }
         for field in dataclasses.fields(cls)
         if field.init
     ]
@@ -72,6 +80,26 @@ def _entry(kind: str, name: str, cls: type, default: bool) -> dict[str, Any]:
         "options": options,
         "by_default": default,
     }
+
+
+def _option_texts(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and of those that it builds on say about fields: `name, name: text`."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        names: list[str] = []
+        indent = 0
+        for whole in inspect.cleandoc(base.__doc__ or "").splitlines():
+            line = whole[indent:]
+            if line == "Attributes:":
+                indent = 4
+            elif match := _OPTION.fullmatch(line):
+                names = match["names"].split(", ")
+                found |= dict.fromkeys(names, match["text"])
+            elif names and line.startswith("    "):
+                found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            else:
+                names = []
+    return {name: re.sub(r"[;,]?( or| and)?$", "", text) for name, text in found.items()}
 
 
 def _default(field: Any) -> Any:
@@ -110,3 +138,6 @@ def _print_one(console: Console, found: list[dict[str, Any]]) -> None:
         for option in entry["options"]:
             default = "" if option["default"] == "(required)" else f" = {option['default']}"
             console.print(f"  {option['name']}: {option['type']}{default}", markup=False)
+            if option["text"]:
+                lines = textwrap.wrap(option["text"], 110)
+                console.print("\n".join(f"      {line}" for line in lines), markup=False)

@@ -24,7 +24,7 @@ class Sensitivity(Allocation):
         next group         the one with the least  harm of it / what it saves
 
     Between measured sizes harm is interpolated, and it never falls as an axis gets shorter. The criterion only says
-    which items of an axis go first. Costs (axes x shares) runs of the program per batch.
+    which items of an axis go first. Costs (axes x `shares`) runs of the program for each of `batches` batches.
 
     Source: after Li et al., ICLR 2017, arXiv:1608.08710, section 3.2, which reads layers' sensitivities off such
     curves. Differs: the change of the outputs instead of the accuracy, so no labels; greedy under a budget instead of

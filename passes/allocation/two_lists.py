@@ -21,7 +21,8 @@ class TwoLists(Allocation):
         0 heads leave: n1..n7 must, loses 2.1;  1: n1..n4, loses 1.3;  2: n1, loses 1.9      ->  1 head, 4 neurons
 
     The best is what loses the least score. Where all heads cost the same and all neurons do, no other choice of
-    prefixes is better. Without heads, or without others, it is the global ranking.
+    prefixes is better. Without heads, or without others, it is the global ranking. `heads` are the roles of the first
+    list.
 
     Source: Khaki and Plataniotis, "The Need for Speed: Pruning Transformers with One Recipe" (OPTIN), ICLR 2024,
     arXiv:2403.17921. Differs: costs are those of the whole program at the sizes in question, not a constant for each

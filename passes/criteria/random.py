@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Random(Elementwise):
     """Uniform in [0, 1), from a seed and the axis's label or the weight's name. What a criterion must beat.
 
-    Whatever else is scored with it, an axis gets the same scores, and so does a weight.
+    Whatever else is scored with it, an axis gets the same scores, and so does a weight. Another `seed` gives others.
     """
 
     name: ClassVar[str] = "random"

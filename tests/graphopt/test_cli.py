@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import json
 import os
 import platform
@@ -38,22 +37,6 @@ def test_help_is_quick_and_lists_the_verbs() -> None:
     assert out.endswith("False\n")
     assert all(verb in out for verb in VERBS)
     assert "Exit codes" in out
-
-
-def test_main_may_be_called_again() -> None:
-    """A program that uses the entry point itself, more than once."""
-    probe = """
-        import sys
-        from graphopt.cli import main
-        for line in ("--version", "targets -q", "--version"):
-            sys.argv = ["graphopt", *line.split()]
-            try:
-                main()
-            except SystemExit as end:
-                print(end.code)
-    """
-    done = subprocess.run([sys.executable, "-c", inspect.cleandoc(probe)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["graphopt", graphopt.__version__, "0", "0", "graphopt", graphopt.__version__, "0"]
 
 
 def test_options_are_kebab_case_and_described() -> None:
@@ -398,10 +381,3 @@ def test_targets(cli: Cli) -> None:
     assert all(family in out for family in ("cpu", "wasm", "arm"))
     listed = json.loads(cli("targets", "--json")[1])["targets"]
     assert {"cpu", "wasm"} <= {item["target"] for item in listed}
-
-
-def test_output_that_nobody_reads(model_file: Path) -> None:
-    """`graphopt inspect m | head -0` ends quietly."""
-    command = f"{sys.executable} -m graphopt.cli inspect {model_file} | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.stderr == ""

@@ -150,3 +150,21 @@ def test_remarks_are_few():
     ]
     assert Record.from_json(record.to_json()) == record
     assert Record("made-up", changed={"axis": 1}).remarks == []
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (DropBlocks(budget=Budget("flops", 0.9)), "a block goes whole"),
+        (FactorLowRank(budget=Budget("params", 0.9), step=16), "no multiples of the step come nearer"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_coarse_passes_say_how_much_they_use(made, says):
+    """Blocks and ranks in large steps cannot come within 2 % of every budget: what is left is noted, and no more."""
+    before = prepared("deit_s")
+    record = made(before).records[-1]
+    used = getattr(record, f"{made.budget.kind}_after") / getattr(record, f"{made.budget.kind}_before")
+    assert used <= 0.9
+    assert [says in note for note in record.notes] == [True] * (used < 0.98 * 0.9)
+    assert used < 0.98 * 0.9, "made to be coarse"
