@@ -25,7 +25,7 @@ from graphopt.codegen.dataflow import Array, Dataflow
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, load, loop, prim_func, spread, store
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.planes import Planes, window_of
-from graphopt.codegen.kernels.taps import ROWS, TASKS, CopiedTaps, ImageTaps, Taps, each, readable
+from graphopt.codegen.kernels.taps import ROWS, TASKS, CopiedTaps, ImageTaps, Taps, each, loads_pairs, readable
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
 from graphopt.errors import Decline
@@ -42,6 +42,7 @@ class Depthwise:
     planes: Planes
     copied: bool  # a channel is laid out as planes before it is computed
     lanes: int
+    pairs: bool  # see `loads_pairs`
     tasks: int
     epilogue: Epilogue
 
@@ -71,7 +72,14 @@ class DepthwisePlanes(Template):
         flops = 2 * taps * window.out[0] * window.out[1] * channels * window.batch
         parallel = target.threads and flops >= 2 * FLOPS_PER_TASK
         tasks = min(TASKS, window.batch * channels) if parallel else 1
-        conv = Depthwise(planes, not readable(window, lanes), lanes, tasks, after.epilogue)
+        conv = Depthwise(
+            planes=planes,
+            copied=not readable(window, lanes),
+            lanes=lanes,
+            pairs=loads_pairs(lanes, target.isa),
+            tasks=tasks,
+            epilogue=after.epilogue,
+        )
         family = f"dw{window.kernel[0]}x{window.kernel[1]}s{window.strides[1]}"
         return KernelCall(
             name=f"f32_{family}{after.epilogue.name}_{lanes}__{target.isa.name}".replace("-", "_"),
@@ -125,7 +133,7 @@ def build(conv: Depthwise) -> PrimFunc:
                     planes.emit_copy(x, start, named["planes"], own, conv.lanes)
                     writer.emit(CopiedTaps(planes, named["planes"], own, conv.lanes))
                 else:
-                    writer.emit(ImageTaps(g, x, start, conv.lanes))
+                    writer.emit(ImageTaps(g, x, start, conv.lanes, pairs=conv.pairs))
 
     return prim_func(params, body)
 

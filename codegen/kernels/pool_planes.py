@@ -22,7 +22,7 @@ from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.conv2d import Window
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, loop, prim_func, splat, store
 from graphopt.codegen.kernels.planes import Planes
-from graphopt.codegen.kernels.taps import ROWS, TASKS, CopiedTaps, ImageTaps, Taps, each, readable
+from graphopt.codegen.kernels.taps import ROWS, TASKS, CopiedTaps, ImageTaps, Taps, each, loads_pairs, readable
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
 from graphopt.errors import Decline
@@ -36,6 +36,7 @@ class Pooling:
     planes: Planes
     copied: bool
     lanes: int
+    pairs: bool  # see `loads_pairs`
     tasks: int
     largest: bool
 
@@ -69,7 +70,7 @@ class PoolPlanes(Template):
         work = batch * channels * math.prod(window.out) * math.prod(kernel)
         parallel = target.threads and work >= 2 * FLOPS_PER_TASK
         tasks = min(TASKS, batch * channels) if parallel else 1
-        pooling = Pooling(planes, not readable(window, lanes), lanes, tasks, largest)
+        pooling = Pooling(planes, not readable(window, lanes), lanes, loads_pairs(lanes, target.isa), tasks, largest)
         which = "max" if largest else "avg"
         return KernelCall(
             name=f"f32_{which}pool{kernel[0]}x{kernel[1]}s{strides[1]}_{lanes}__{target.isa.name}".replace("-", "_"),
@@ -119,7 +120,7 @@ def build(pooling: Pooling) -> PrimFunc:
                     planes.emit_copy(x, start, scratch, own, lanes)
                     _emit(pooling, CopiedTaps(planes, scratch, own, lanes), y, c * pixels)
                 else:
-                    _emit(pooling, ImageTaps(g, x, start, lanes, planes.fill), y, c * pixels)
+                    _emit(pooling, ImageTaps(g, x, start, lanes, planes.fill, pooling.pairs), y, c * pixels)
 
     return prim_func(params, body)
 

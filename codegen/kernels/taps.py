@@ -3,7 +3,8 @@
     value[n] = X[line, (left + n) sx + j dx - pad]      n < lanes, for one channel
 
 In place: a vector that reaches over an edge is loaded from inside and shifted in registers, zeros coming in; every
-second column is picked from two vectors. Or from a padded copy (`planes.py`), whatever the strides.
+second column is picked from two vectors, or loaded apart from those between where one instruction does that. Or from a
+padded copy (`planes.py`), whatever the strides.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from graphopt.codegen.kernels.conv2d import Window
-from graphopt.codegen.kernels.emit import Buffer, Expr, load, splat
+from graphopt.codegen.kernels.emit import Buffer, Expr, load, splat, spread
 from graphopt.codegen.kernels.planes import Planes
+from graphopt.targets.target import Isa
 
 TASKS = 16  # as many as there may be threads
 ROWS = 4  # of results at once
+
+
+def loads_pairs(lanes: int, isa: Isa) -> bool:
+    """Whether even and odd elements of a run are loaded into two vectors at once (NEON's ld2)."""
+    return isa.name == "neon" and lanes == isa.lanes()
 
 
 class Taps(Protocol):
@@ -83,6 +90,7 @@ class ImageTaps:
     start: Expr
     lanes: int
     fill: float = 0.0  # what lies beyond the image
+    pairs: bool = False  # `loads_pairs`
 
     def lines(self, rows: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """See Taps."""
@@ -107,7 +115,10 @@ class ImageTaps:
         column = left * g.strides[1] + (j * g.dilation[1] - g.padding[1])
         if g.strides[1] == 1:
             return self._run(row, column)
-        return self._pair(row, column)
+        value = None
+        if self.pairs and g.kernel[1] > 1:
+            value = self._of_both(row, left * 2 - g.padding[1], j * g.dilation[1])
+        return self._pair(row, column) if value is None else value
 
     def _run(self, row: Expr, column: Expr) -> Expr | None:
         """Neighbouring columns."""
@@ -131,6 +142,25 @@ class ImageTaps:
         pair = [T.Bind(load(self.source, row + first + k * lanes, lanes, "float32")) for k in (0, 1)]
         picked = tirx.Shuffle(pair, [tirx.IntImm("int32", 2 * n + odd) for n in range(lanes)])
         return shifted(picked, shift, lanes, self.fill) if shift else picked
+
+    def _of_both(self, row: Expr, first: Expr, offset: int) -> Expr | None:
+        """Every second column from `first` + `offset`: picked from one load for all taps, an element behind it added.
+
+        None for taps that are too far from the first for that.
+        """
+        lanes = self.lanes
+        if isinstance(first, int) and first < 0:
+            first, offset = first + 1, offset - 1
+        if offset > 3:
+            return None
+        both = T.Bind(load(self.source, row + first, 2 * lanes, "float32"))
+        picked = tirx.Shuffle([both], [tirx.IntImm("int32", 2 * n + offset % 2) for n in range(lanes)])
+        if offset < 0:
+            return shifted(picked, -1, lanes, self.fill)
+        if offset < 2:
+            return picked
+        picked, following = T.Bind(picked), load(self.source, row + first + (2 * lanes + offset - 2), 1, "float32")
+        return tirx.Shuffle([picked, spread(following, lanes)], [tirx.IntImm("int32", n + 1) for n in range(lanes)])
 
 
 def shifted(value: Expr, by: int, lanes: int, fill: float = 0.0) -> Expr:

@@ -13,12 +13,12 @@ from graphopt.codegen.kernels import depthwise_planes
 from graphopt.codegen.kernels.depthwise_planes import DepthwisePlanes
 from graphopt.codegen.kernels.epilogue import absorb
 from graphopt.codegen.kernels.planes import Planes, window_of
-from graphopt.targets.target import AVX512, SIMD128
+from graphopt.targets.target import AVX512, NEON, SIMD128
 from tests.codegen.kernels.channels_first import TAILS, convolution
 from tests.codegen.kernels.dense import QUICK, Shape, check
 from tests.codegen.kernels.harness import HOST
 
-TARGETS = (HOST, replace(HOST, isa=SIMD128), replace(HOST, isa=AVX512))
+TARGETS = (HOST, *(replace(HOST, isa=isa) for isa in (SIMD128, NEON, AVX512)))
 
 
 @st.composite

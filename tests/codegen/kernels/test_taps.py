@@ -21,7 +21,7 @@ from tests.codegen.kernels.harness import Library, fenced
 from tests.codegen.kernels.test_planes import padded, tap
 
 
-def writes_taps(g: Window, lanes: int, copied: bool, fill: float) -> tuple:
+def writes_taps(g: Window, lanes: int, copied: bool, fill: float, pairs: bool) -> tuple:
     """A kernel that writes what each tap sees, (kh, kw, height, width), a few rows at a time, as depthwise does."""
     planes = Planes(g, direct=False, fill=fill)
     height, width = g.out
@@ -34,7 +34,7 @@ def writes_taps(g: Window, lanes: int, copied: bool, fill: float) -> tuple:
             emit_planes(planes, x, scratch, lanes, False)
             source = CopiedTaps(planes, scratch, 0, lanes)
         else:
-            source = ImageTaps(g, x, 0, lanes, fill)
+            source = ImageTaps(g, x, 0, lanes, fill, pairs)
 
         def tile(top, left) -> None:
             for line, users in source.lines(rows):
@@ -53,9 +53,9 @@ def writes_taps(g: Window, lanes: int, copied: bool, fill: float) -> tuple:
     return prim_func(buffers, body), planes.image
 
 
-def check(cases: list[tuple[Window, int, bool, float]]) -> None:
+def check(cases: list[tuple[Window, int, bool, float]], pairs: bool = False) -> None:
     """Build all into one library; every pixel of every tap is written, with what the padded image has there."""
-    built = [writes_taps(*case) for case in cases]
+    built = [writes_taps(*case, pairs) for case in cases]
     with TemporaryDirectory() as folder:
         library = Library({f"k{n}": kernel for n, (kernel, _) in enumerate(built)}, Path(folder))
     for n, (g, lanes, copied, fill) in enumerate(cases):
@@ -89,6 +89,14 @@ def test_small_geometries_in_place(stride):
     assert len(cases) > 100
     step = max(1, len(cases) // 80)
     check([(g, lanes, False, (0.0, -np.inf)[n % 2]) for n, (g, lanes) in enumerate(cases[stride::step])])
+
+
+def test_small_geometries_in_pairs():
+    """Every second column, from a load that gives both: the same, in place at the edges too."""
+    cases = [(g, lanes) for g, lanes in small((2,), (1, 2, 3, 5), range(1, 17)) if lanes > 1 and readable(g, lanes)]
+    assert len(cases) > 50
+    step = max(1, len(cases) // 80)
+    check([(g, lanes, False, (0.0, -np.inf)[n % 2]) for n, (g, lanes) in enumerate(cases[::step])], pairs=True)
 
 
 @st.composite
