@@ -17,11 +17,11 @@ from graphopt.codegen.kernels import pool_planes
 from graphopt.codegen.kernels.planes import Planes
 from graphopt.codegen.kernels.pool_planes import PoolPlanes
 from graphopt.errors import Decline
-from graphopt.targets.target import AVX512, SIMD128, Target
+from graphopt.targets.target import AVX512, NEON, SIMD128, Target
 from tests.codegen.kernels.dense import QUICK, Case, Emit, Pair, Program, case_of, check
 from tests.codegen.kernels.harness import HOST, match, relax_main
 
-TARGETS = (HOST, replace(HOST, isa=SIMD128), replace(HOST, isa=AVX512))
+TARGETS = (HOST, *(replace(HOST, isa=isa) for isa in (SIMD128, NEON, AVX512)))
 
 
 @dataclass(frozen=True)
