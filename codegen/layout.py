@@ -31,8 +31,9 @@ from graphopt.cost.register_tile import best_tile, cycles
 from graphopt.sparsity import LEAST_ZEROS
 from graphopt.targets.target import Target
 
-# An estimate must be better by this much before a layout is changed for it.
-GAIN = 0.95
+# An estimate must be better by this much before a layout is changed for it: on Zen 5 dense products take down to 0.82
+# of theirs, sparse ones 0.95 to 1.05 of theirs.
+GAIN = 0.82
 # Bytes per cycle at which a dense matrix streams from the third-level cache.
 STREAM_BYTES_PER_CYCLE = 24
 # Elements per cycle that a transpose moves.
