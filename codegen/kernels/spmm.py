@@ -55,7 +55,7 @@ class Shape:
 
     height: int
     block_rows: int
-    blocks: int
+    blocks: int  # as `roomy` rounds them: layers that differ in little else share a kernel
     chunks: tuple[int, ...]  # for each group of panels: runs of block rows that are tasks of their own
 
 
@@ -188,7 +188,7 @@ def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, 
     for section in sections:
         tasks = [window.batch * (1 if plan.gaps else group.count) for group in plan.panels]
         chunks = [min(section.block_rows, -(-TASKS // count)) if parallel else 1 for count in tasks]
-        shapes.append(Shape(section.height, section.block_rows, section.blocks, tuple(chunks)))
+        shapes.append(Shape(section.height, section.block_rows, roomy(section.blocks), tuple(chunks)))
     spmm = Spmm(
         planes=planes,
         outputs=len(matrix),

@@ -41,7 +41,7 @@ class Spmv:
 
     inputs: int
     outputs: int
-    sections: tuple[tuple[int, int, int], ...]  # height, block rows, blocks
+    sections: tuple[tuple[int, int, int], ...]  # height, block rows, blocks as `roomy` rounds them
     chunks: int
     epilogue: Epilogue
 
@@ -67,7 +67,7 @@ class SparseVector(Template):
         after = absorb(flow, binding.var, len(shape_of(binding.var)))
         kept = sum(section.blocks * section.height for section in sections)
         chunks = TASKS if target.threads and 2 * kept >= 2 * FLOPS_PER_TASK else 1
-        shapes = tuple((section.height, section.block_rows, section.blocks) for section in sections)
+        shapes = tuple((section.height, section.block_rows, roomy(section.blocks)) for section in sections)
         spmv = Spmv(window.channels, len(matrix), shapes, chunks, after.epilogue)
         constants: list[Array] = []
         for section in sections:

@@ -165,12 +165,17 @@ def test_what_is_no_constant_matrix_is_declined():
         assert reason in declined.reason
 
 
-def test_equal_layers_share_a_kernel():
-    """What a kernel depends on is how many blocks there are, not which, and what their values are."""
+def test_like_layers_share_a_kernel():
+    """Neither values nor which blocks are kept, nor a few more or less of them, make another kernel; a tail does."""
     dense = [linear(8, 16, 20, "bias", SparseProduct(), word="dense", seed=seed) for seed in (1, 2)]
     assert dense[0].call.key == dense[1].call.key
     assert not np.array_equal(dense[0].call.constants[0], dense[1].call.constants[0])
     assert dense[0].call.key != linear(8, 16, 20, "gelu", SparseProduct(), word="dense").call.key
+    some = [linear(64, 64, 49, "bias", SparseProduct(), word="4x1", seed=seed) for seed in range(4)]
+    assert len({case.call.constants[0].size for case in some}) > 1
+    assert len({case.call.key for case in some}) == 1
+    # They run as well when all are one kernel.
+    check([replace(case, call=replace(case.call, kernel=some[0].call.kernel)) for case in some])
 
 
 def test_reference_is_the_kernel():
