@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
@@ -85,6 +86,7 @@ def test_nan_reaches_every_output():
     torch.manual_seed(0)
     module, x = Everything().eval(), torch.randn(2, 4, 8, 9)
     x[0, 1, 2, 3] = x[1, 2, 5, 8] = x[1, 0, 0, 0] = torch.nan
-    with graphopt.compile(module, example_inputs=(x,)) as bundle:
+    # PyTorch's fused attention gives zeros for rows with NaN where it has AVX-512, and NaN elsewhere.
+    with sdpa_kernel(SDPBackend.MATH), graphopt.compile(module, example_inputs=(x,)) as bundle:
         for ours, theirs in zip(bundle(x).values(), module(x), strict=True):
             torch.testing.assert_close(torch.as_tensor(ours), theirs, rtol=1e-2, atol=1e-5, equal_nan=True)
