@@ -11,6 +11,7 @@ operators do not mind the order: they are computed on the root, and the view tak
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from tvm import relax
@@ -25,6 +26,7 @@ from graphopt.codegen.views import RESHAPES, View, contiguous, merged, permuted,
 def simplify_views(module: IRModule) -> IRModule:
     """Replace each chain of reshapes and transposes by at most reshape, transpose, reshape of the chain's root."""
     views: dict[relax.Var, View] = {}
+    emitted: dict[tuple[relax.Expr, int, Any, tuple[int, ...]], relax.Var] = {}  # the same view is taken once
 
     def transposed(expr: relax.Expr) -> Transposed | None:
         view = views.get(expr) if isinstance(expr, relax.Var) else None
@@ -32,9 +34,13 @@ def simplify_views(module: IRModule) -> IRModule:
         return Transposed(view.base, order) if view and order else None
 
     def remember(view: View, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr:
+        key = (view.base, view.offset, view.dims, shape)
+        if isinstance(view.base, relax.Var) and key in emitted:
+            return emitted[key]
         new = _emit(view, shape, builder)
         if isinstance(new, relax.Var):
             views[new] = view
+            emitted[key] = new
         return new
 
     def sunk(value: relax.Call, shape: tuple[int, ...], builder: relax.BlockBuilder) -> relax.Expr | None:
