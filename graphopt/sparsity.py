@@ -25,6 +25,8 @@ from torch import Tensor
 from graphopt.arrays import to_numpy
 from graphopt.errors import BadOption
 
+# The largest size of a block, and of M.
+MOST = 1 << 16
 _TEXT = re.compile(r"(?:(\d+)x(\d+)|(?:(\d+):)?(\d+):(\d+))\Z")
 
 
@@ -42,8 +44,10 @@ class Format:
     m: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.cols, self.n) < 1 or self.n > self.m:
-            raise BadOption(what=f"there is no sparse format {self}", way_out="sizes are from 1, and N is at most M")
+        sizes = (self.rows, self.cols, self.n, self.m)
+        if min(sizes) < 1 or max(sizes) > MOST or self.n > self.m:
+            what = f"there is no sparse format of blocks of {self.rows} x {self.cols}, {self.n} of {self.m} kept"
+            raise BadOption(what=what, way_out=f"sizes are from 1 to {MOST}, and N is at most M")
 
     def __str__(self) -> str:
         if self.m > 1:
@@ -85,11 +89,11 @@ class Annotation:
 
 def parse_annotation(text: str) -> Format | None:
     """A format, or None for "dense". Raises BadOption where the text is neither."""
-    return None if text == DENSE else parse_format(text)
+    return None if text == DENSE else parse_format(text, or_else=", or dense: no sparse kernel shall be used")
 
 
-def parse_format(text: str) -> Format:
-    """The format that a text such as "unstructured", "4x1", "2:4" or "8:2:4" names.
+def parse_format(text: str, *, or_else: str = "") -> Format:
+    """The format that a text such as "unstructured", "4x1", "2:4" or "8:2:4" names; `or_else` is what else may be said.
 
     Raises:
         BadOption: there is no such format.
@@ -100,7 +104,7 @@ def parse_format(text: str) -> Format:
     if found is None:
         raise BadOption(
             what=f"there is no sparse format {text}",
-            way_out="say unstructured, 4x1 (outputs x inputs), 2:4, 8:2:4, or dense: no sparse kernel shall be used",
+            way_out=f"say unstructured, 4x1 (outputs x inputs), 2:4, 8:2:4{or_else}",
         )
     rows, cols, vector, n, m = (int(part) if part else 1 for part in found.groups())
     return Format(rows, cols) if found[1] else Format(vector, 1, n, m)
@@ -194,6 +198,8 @@ def recognise(matrix: np.ndarray, outputs: int = 0) -> Format | None:
     share = np.count_nonzero(matrix) / max(1, matrix.size)
     if share == 0 or 1 - share < LEAST_ZEROS:
         return None
+    if matrix.dtype != bool and not np.isfinite(matrix).all():
+        return None  # what comes out may be NaN, which the zeros of later layers would have to meet
     # Larger blocks hold only where pairs do, which are quick to look at. The largest have 16 elements; see `conforms`.
     most = max(np.count_nonzero(matrix) / FULL, np.count_nonzero(matrix) + 16)
     rows, cols = (stored(matrix, pair) <= most for pair in (Format(2, 1), Format(1, 2)))

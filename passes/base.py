@@ -16,6 +16,7 @@ from graphopt.cost import summary
 from graphopt.edit import Edit
 from graphopt.program import Program
 from graphopt.record import Record
+from graphopt.sparsity import UNSTRUCTURED
 
 __all__ = ["Edit", "InvalidProgram", "Pass", "Record", "max_abs_errors", "run_passes"]
 
@@ -53,6 +54,7 @@ class Pass(ABC):
             after = program.replace(exported=edit.finish(), formats=edit.formats)
         except Exception as error:  # whatever lint or validation finds is this pass's fault
             raise InvalidProgram(f"{self.name} left an invalid program: {error}") from error
+        edit.notes += _lost_formats(program, after)
         before_cost, after_cost = summary(program), summary(after)
         record = Record(
             name=self.name,
@@ -69,6 +71,19 @@ class Pass(ABC):
             seconds=time.perf_counter() - start,
         )
         return after.replace(records=(*program.records, record))
+
+
+def _lost_formats(before: Program, after: Program) -> list[str]:
+    """A note where a pass broke up the blocks that zeros stood in."""
+    lost = []
+    for name, own in before.annotations.items():
+        now = after.annotations.get(name)
+        if own.format is not None and now is not None and now.format == UNSTRUCTURED != own.format:
+            lost.append(name)
+    if not lost:
+        return []
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return [f"zeros of {lost[0]}{more} stand in no blocks any longer: cut first, and make sparse what stays"]
 
 
 def run_passes(

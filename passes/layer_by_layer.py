@@ -76,7 +76,10 @@ class LayerByLayer(Sparsify):
 
     def _prune(self, edit: Edit, plan: Plan, moments: Tensor) -> None:
         layer = plan.layer
-        if plan.is_whole:
+        finite = bool(moments.isfinite().all())
+        if not finite:
+            edit.declined.append(Decline(layer.name, "what it reads on the calibration data is not finite"))
+        if plan.is_whole or not finite:
             self.put(edit, plan, torch.ones(layer.outs, layer.ins, dtype=torch.bool))
             return
         weight = edit.tensor(layer.weight)

@@ -120,6 +120,8 @@ class Sparsify(Pass):
             scores = self._scores(axes, layers)
         plans = self._plans(edit, layers, grids, scores)
         orders: dict[Any, Tensor] = {}
+        if all(plan.is_whole for plan in plans):
+            edit.declined.append(Decline(edit.program.name, "what is asked to stay is all that there is"))
         needed = self.rearrange and not all(plan.is_whole for plan in plans)
         if needed and (orders := self._orders(edit, axes, plans, scores)):
             shrink_in(edit, axes, orders)
@@ -198,8 +200,12 @@ class Sparsify(Pass):
             if groups > 1 and outs % form.rows:
                 reason = f"blocks of {form.rows} outputs would reach over two groups, which have {outs} each"
                 edit.declined.append(Decline(layer.name, reason))
-            else:
-                found.append(layer)
+                continue
+            weight = edit.tensor(layer.weight)
+            if weight is None or not bool(weight.isfinite().all()):
+                edit.declined.append(Decline(layer.name, "its weight has NaN or infinite values"))
+                continue
+            found.append(layer)
         return found
 
     def _scores(self, axes: Axes, layers: Sequence[SparseLayer]) -> Scores:

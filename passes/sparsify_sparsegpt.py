@@ -48,7 +48,7 @@ class SparsifySparsegpt(LayerByLayer):
 
     def checked(self) -> Format:
         """See Sparsify."""
-        if self.damp < 0 or self.block < 1:
+        if not 0 <= self.damp < float("inf") or self.block < 1:
             raise BadOption(
                 what=f"{self.name}: damp={self.damp}, block={self.block}", way_out="damp is from 0, block from 1"
             )

@@ -199,3 +199,19 @@ def test_fingerprints_survive_what_lowering_does_to_constants():
     assert fingerprint(values.bfloat16()) == fingerprint(values.bfloat16().float()) != mark
     assert fingerprint(values * 2) != mark
     assert fingerprint(torch.cat([values, torch.zeros(1, 20)])) != mark
+
+
+@pytest.mark.parametrize("text", ["2:0", "3:2", "0x1", "99999999999999999999x1", "1:2:70000"])
+def test_sizes_that_make_no_sense(text):
+    """What is no format is refused by its sizes, however large."""
+    with pytest.raises(BadOption, match="there is no sparse format"):
+        parse_format(text)
+
+
+def test_weights_that_are_not_finite_are_dense():
+    """Zeros beside NaN are no sparsity: later layers' zeros would have to meet what comes out."""
+    matrix = np.zeros((8, 8), np.float32)
+    matrix[0] = 1.0
+    assert recognise(matrix) is not None
+    matrix[0, 3] = np.nan
+    assert recognise(matrix) is None

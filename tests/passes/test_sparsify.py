@@ -12,6 +12,7 @@ from torch import nn
 
 from graphopt.budget import Budget
 from graphopt.cost import summary
+from graphopt.edit import Edit
 from graphopt.errors import BadOption, BudgetUnreachable, NothingToCut
 from graphopt.optimize import plan, reduce
 from graphopt.passes import PASSES, load, make
@@ -338,3 +339,28 @@ def test_options_are_documented():
         for field in dataclasses.fields(load(name)):
             text = (Sparsify.__doc__ or "") + (load(name).__doc__ or "")
             assert f"{field.name}:" in text or f"{field.name} " in text, (name, field.name)
+
+
+@pytest.mark.parametrize("name", SPARSIFYING)
+def test_weights_that_are_not_finite_stay(name):
+    """A layer with NaN in its weight is left alone, and so is one that would be pruned by NaN that it reads."""
+    before = mlp()
+    edit = Edit(before)
+    stored = [node for node in edit.graph.nodes if node.name in before.tensors]
+    node = next(node for node in stored if edit.target(node) == "a.weight")
+    broken = before.tensors[node.name].clone()
+    broken[0, 0] = torch.nan
+    edit.set_tensor(node, broken)
+    before = before.replace(exported=edit.finish())
+    after = make(name, rearrange=False, **({} if name == "sparsify-nm" else {"keep": 0.4}))(before)
+    assert torch.equal(weights(after)["a.weight"].nan_to_num(7.0), broken.nan_to_num(7.0))
+    assert reasons(after)["a"] == "its weight has NaN or infinite values"
+    assert all(bool(tensor.isfinite().all()) for key, tensor in weights(after).items() if key != "a.weight")
+
+
+def test_cutting_through_blocks_is_said():
+    """Neurons that go one by one leave no blocks of those that stay, and a note says so."""
+    sparse = make("sparsify-blocks", format="4x1", keep=0.3, rearrange=False)(mlp())
+    assert not sparse.records[-1].notes
+    after = make("prune-neurons", keep=0.6, step=1)(sparse)
+    assert any("stand in no blocks any longer" in note for note in after.records[-1].notes)
