@@ -19,15 +19,13 @@ class Record:
     `changed` counts what was done, by kind ({"conv + batch_norm": 20}); the sizes are totals of the whole program:
     FLOPs (two per multiply-add), parameters in elements, bytes of parameters and constants. `max_abs_error` is the
     largest absolute difference of any output on the example inputs, before to after; None where that was not checked.
-    `notes` are sentences that whoever asked for the pass should read without asking.
     `details` are rows of a table for `--explain`, plain JSON values by heading: for a reduction one for each axis that
-    was cut. `seconds` differs from run to run, so it is not part of what is compared or written.
+    was cut. `notes` are sentences that whoever asked for the pass should read without asking. `seconds` differs from run to run, so it is not part of what is compared or written.
     """
 
     name: str
     changed: Mapping[str, int] = field(default_factory=dict)
     declined: tuple[Decline, ...] = ()
-    notes: tuple[str, ...] = ()
     flops_before: int = 0
     flops_after: int = 0
     params_before: int = 0
@@ -36,6 +34,7 @@ class Record:
     bytes_after: int = 0
     max_abs_error: float | None = None
     details: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
     seconds: float = field(default=0.0, compare=False)
 
     @property
