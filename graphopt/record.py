@@ -20,7 +20,8 @@ class Record:
     FLOPs (two per multiply-add), parameters in elements, bytes of parameters and constants. `max_abs_error` is the
     largest absolute difference of any output on the example inputs, before to after; None where that was not checked.
     `details` are rows of a table for `--explain`, plain JSON values by heading: for a reduction one for each axis that
-    was cut. `notes` are sentences that whoever asked for the pass should read without asking. `seconds` differs from run to run, so it is not part of what is compared or written.
+    was cut. `notes` are sentences that whoever asked for the pass should read without asking. `seconds` differs from
+    run to run, so it is not part of what is compared or written.
     """
 
     name: str
