@@ -25,9 +25,9 @@ from graphopt.codegen.dataflow import Array, Dataflow
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, load, loop, prim_func, spread, store
 from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.planes import Planes, window_of
-from graphopt.codegen.kernels.taps import ROWS, TASKS, CopiedTaps, ImageTaps, Taps, each, loads_pairs, readable
+from graphopt.codegen.kernels.taps import ROWS, CopiedTaps, ImageTaps, Taps, each, loads_pairs, readable
 from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
+from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, TASKS
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
 

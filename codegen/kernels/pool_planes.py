@@ -22,9 +22,9 @@ from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.conv2d import Window
 from graphopt.codegen.kernels.emit import Buffer, Expr, Registers, loop, prim_func, splat, store
 from graphopt.codegen.kernels.planes import Planes
-from graphopt.codegen.kernels.taps import ROWS, TASKS, CopiedTaps, ImageTaps, Taps, each, loads_pairs, readable
+from graphopt.codegen.kernels.taps import ROWS, CopiedTaps, ImageTaps, Taps, each, loads_pairs, readable
 from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
+from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, TASKS
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
 

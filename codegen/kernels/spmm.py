@@ -41,11 +41,10 @@ from graphopt.codegen.kernels.spmm_tile import (
     rows_of_pixels,
 )
 from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
+from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, TASKS
 from graphopt.errors import Decline
 from graphopt.targets.target import Isa, Target
 
-TASKS = 16  # as many as there may be threads
 COPY_CYCLES = 2.5  # for each vector of X that is copied
 
 
@@ -202,9 +201,7 @@ def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, 
     )
     constants: list[Array] = []
     for section, shape in zip(sections, shapes, strict=True):
-        runs = [section.bounds(chunks) for chunks in dict.fromkeys(shape.chunks)]
-        arrays = (section.values, section.offsets, section.ends, section.outputs, *runs)
-        constants += [array if len(array) else np.zeros(1, array.dtype) for array in arrays]
+        constants += section.constants(*dict.fromkeys(shape.chunks))
     scratch = [] if planes.direct else [window.batch * planes.image * 4]
     if plan.gaps:
         scratch.append(_tile(spmm) * _slots(spmm) * 4)

@@ -40,6 +40,11 @@ class Section:
         """How many blocks are multiplied."""
         return len(self.offsets)
 
+    def constants(self, *chunks: int) -> list[Array]:
+        """What a kernel takes of the section: the arrays above, and `bounds` for each number of chunks."""
+        arrays = (self.values, self.offsets, self.ends, self.outputs, *map(self.bounds, chunks))
+        return [array if len(array) else np.zeros(1, array.dtype) for array in arrays]
+
     def bounds(self, chunks: int) -> Array:
         """Where to cut the block rows into `chunks` runs of about as many blocks: (chunks + 1,) int32."""
         work = self.ends.astype(np.int64) + np.arange(len(self.ends)) * 2

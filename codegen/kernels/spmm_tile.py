@@ -141,10 +141,6 @@ def block_weights(values: Buffer, start: Expr, height: int, lanes: int, isa: Isa
     return lambda o: tirx.Shuffle([fours[o // lanes]], [tirx.IntImm("int32", o % lanes)] * lanes)
 
 
-# block row's first output, number in the block, vector's number in the panel, result
-Finish = Callable[[Expr, int, int, Expr], None]
-
-
 def emit_block_row(
     x: Buffer,
     values: Buffer,

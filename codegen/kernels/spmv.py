@@ -24,11 +24,10 @@ from graphopt.codegen.kernels.epilogue import Epilogue, absorb
 from graphopt.codegen.kernels.spmm import BlockRows, convolution, linear, roomy
 from graphopt.codegen.kernels.spmm_pack import blocks_of, pack
 from graphopt.codegen.kernels.template import KernelCall, Template
-from graphopt.codegen.kernels.tile import FLOPS_PER_TASK
+from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, TASKS
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
 
-TASKS = 16  # as many as there may be threads
 SUMS = 4  # in flight
 # Cycles for a block of short vectors, and for a row. Measured on Zen 5, weights in the third-level cache.
 BLOCK_CYCLES, ROW_CYCLES = 1.15, 12.0
@@ -69,10 +68,7 @@ class SparseVector(Template):
         chunks = TASKS if target.threads and 2 * kept >= 2 * FLOPS_PER_TASK else 1
         shapes = tuple((section.height, section.block_rows, roomy(section.blocks)) for section in sections)
         spmv = Spmv(window.channels, len(matrix), shapes, chunks, after.epilogue)
-        constants: list[Array] = []
-        for section in sections:
-            arrays = (section.values, section.offsets, section.ends, section.outputs, section.bounds(chunks))
-            constants += [array if len(array) else np.zeros(1, array.dtype) for array in arrays]
+        constants = [array for section in sections for array in section.constants(chunks)]
         return KernelCall(
             name=f"f32_spmv{after.epilogue.name}_{height}__{target.isa.name}".replace("-", "_"),
             key=(spmv, target.spec),

@@ -21,7 +21,6 @@ from graphopt.codegen.kernels.emit import Buffer, Expr, load, splat, spread
 from graphopt.codegen.kernels.planes import Planes
 from graphopt.targets.target import Isa
 
-TASKS = 16  # as many as there may be threads
 ROWS = 4  # of results at once
 
 

@@ -27,6 +27,8 @@ from graphopt.targets.target import Target
 
 # A thread that is woken must have this much to do, or waking it costs more than it saves.
 FLOPS_PER_TASK = 200_000
+# Tasks that a kernel is cut into whose memory or constants depend on how many there are: as many as may be threads.
+TASKS = 16
 
 
 @dataclass(frozen=True)
