@@ -72,7 +72,7 @@ def shrink_in(
         if old.op != "call_function" or old.name not in nodes or not _is_touched(axes, old, kept):
             continue
         node = nodes[old.name]
-        _rewrite(node, axes.literals.get(old, {}), axes.targets.get(old), kept, nodes)
+        rewrite(node, axes.literals.get(old, {}), axes.targets.get(old), kept, nodes)
         edit.infer(node)
         _check(node, dims, kept)
 
@@ -255,7 +255,7 @@ def _is_touched(axes: Axes, node: Node, kept: Keep) -> bool:
     return any(touched(axis, kept) for dims in around for own in results_of(dims) for axis in own)
 
 
-def _rewrite(node: Node, literals: Mapping[str, Any], target: Any, kept: Keep, nodes: Mapping[str, Node]) -> None:
+def rewrite(node: Node, literals: Mapping[str, Any], target: Any, kept: Keep, nodes: Mapping[str, Node]) -> None:
     """Put the new extents in the place of the old ones among the arguments of a call."""
     if not literals:
         return

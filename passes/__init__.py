@@ -37,6 +37,8 @@ PASSES: dict[str, str] = {
     "sparsify-blocks": "graphopt.passes.sparsify_blocks:SparsifyBlocks",
     "sparsify-patterns": "graphopt.passes.sparsify_patterns:SparsifyPatterns",
     "drop-blocks": "graphopt.passes.drop_blocks:DropBlocks",
+    "prune-tokens": "graphopt.passes.prune_tokens:PruneTokens",
+    "merge-tokens": "graphopt.passes.merge_tokens:MergeTokens",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
     "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -314,8 +314,13 @@ def names_of(axes: Axes, axis: Axis) -> list[str]:
 
 def named(kind: str, text: str, registry: Any) -> Any:
     """A registered criterion or allocation from `name` or `name:option=value,option=value`. Raises BadOption."""
-    name, _, rest = text.partition(":")
     known = registry.CRITERIA if kind == "criterion" else registry.ALLOCATIONS
+    return named_in(kind, text, known, registry.make)
+
+
+def named_in(kind: str, text: str, known: Mapping[str, Any], make: Callable[..., Any] | None = None) -> Any:
+    """What a table has under a name, made with the options behind it. Raises BadOption."""
+    name, _, rest = text.partition(":")
     if name not in known:
         raise BadOption(what=f"there is no {kind} {name}", way_out=f"known are: {', '.join(sorted(known))}")
     options = {}
@@ -323,7 +328,7 @@ def named(kind: str, text: str, registry: Any) -> Any:
         key, _, value = item.partition("=")
         options[key.strip()] = _value(value.strip())
     try:
-        return registry.make(name, **options)
+        return make(name, **options) if make is not None else known[name](**options)
     except TypeError as error:
         raise BadOption(
             what=f"{kind} {text}: {error}", way_out=f"`graphopt passes {name}` lists its options"

@@ -125,7 +125,7 @@ class Call:
 
     def pin(self, axis: Axis, reason: str) -> None:
         """`axis` must not shrink."""
-        if ax.find(axis).pinned is None:
+        if ax.find(axis).pinned is None and reason not in self._inference.tolerated:
             ax.pin(axis, self.because(reason))
 
     def unify(self, a: Axis, b: Axis) -> None:

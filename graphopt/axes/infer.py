@@ -45,6 +45,8 @@ def infer(program: Program) -> Axes:
 class Inference:
     """The state of one inference; rules act on it through `Call`."""
 
+    tolerated: frozenset[str] = frozenset()  # reasons for which nothing is pinned
+
     def __init__(self, program: Program) -> None:
         self.program = program
         self.dims: dict[Node, Any] = {}

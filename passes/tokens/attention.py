@@ -1,0 +1,149 @@
+"""Attention in a graph, fused or written out: its queries, keys, values, and what is added to its logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.axes.axes import is_pointwise
+from graphopt.cost.formulas import base_name
+from graphopt.edit import Edit
+from graphopt.inline import inline
+
+_FUSED = "scaled_dot_product_attention"
+_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
+_PRODUCTS = ("matmul", "bmm", "baddbmm")
+_VIEWS = ("view", "reshape", "_unsafe_view", "expand", "clone", "contiguous", "unsqueeze", "squeeze")
+_FAR = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention, of b samples, h heads, n queries, m keys.
+
+    `node` is the fused call, or the softmax (over the last dimension) of a written-out one. `query` (..., n, d), `key`
+    (..., m, d), or (..., d, m) where `turned`, `value` (..., m, e). `result` is the last call of it.
+    """
+
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    result: Node
+    turned: bool
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is one call, so that its map is never there."""
+        return base_name(self.node) == _FUSED
+
+    def argument(self, place: int, name: str) -> object:
+        """An argument of the fused call."""
+        return self.node.args[place] if len(self.node.args) > place else self.node.kwargs.get(name)
+
+    @property
+    def mask(self) -> object:
+        """The mask of a fused call, (..., n, m), added or boolean; None where there is none."""
+        return self.argument(3, "attn_mask")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a fused call lets queries see only keys up to their own place."""
+        return bool(self.argument(5, "is_causal"))
+
+    @property
+    def scale(self) -> float:
+        """What a fused call multiplies logits with."""
+        given = self.argument(6, "scale")
+        return float(given) if given is not None else float(self.query.meta["val"].shape[-1]) ** -0.5  # type: ignore[arg-type]
+
+
+def attentions(edit: Edit) -> list[Attention]:
+    """All of a graph, in order."""
+    found = []
+    for node in edit.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if base_name(node) == _FUSED:
+            query, key, value = node.args[:3]
+            found.append(Attention(node, query, key, value, node, turned=False))
+        elif base_name(node) in _SOFTMAX and (written := _written_out(node)) is not None:
+            found.append(written)
+    return found
+
+
+def _written_out(softmax: Node) -> Attention | None:
+    """The attention that a softmax is the middle of."""
+    rank = softmax.meta["val"].dim()
+    if rank < 3 or int(softmax.args[1]) % rank != rank - 1:  # type: ignore[call-overload]
+        return None
+    before: Node | None = softmax
+    for _ in range(_FAR):
+        sources = [each for each in before.all_input_nodes if each.op == "call_function"]
+        products = [each for each in sources if base_name(each) in _PRODUCTS]
+        if products:
+            before = products[0]
+            break
+        if len(sources) != 1 or not (is_pointwise(sources[0]) or base_name(sources[0]) in _VIEWS):
+            return None
+        before = sources[0]
+    else:
+        return None
+    after = softmax
+    for _ in range(_FAR):
+        if len(after.users) != 1:
+            return None
+        after = next(iter(after.users))
+        if base_name(after) in _PRODUCTS:
+            break
+        if not (is_pointwise(after) or base_name(after) in _VIEWS):
+            return None
+    else:
+        return None
+    query, key = before.all_input_nodes[-2:]
+    return Attention(softmax, query, key, after.all_input_nodes[-1], after, turned=True)
+
+
+def add_to_keys(edit: Edit, attention: Attention, bias: Node) -> None:
+    """Add `bias` (b, m) to the logits of every key, for all heads and queries (ToMe's proportional attention)."""
+    node = attention.node
+    if attention.fused:
+        mask, causal = attention.mask, attention.causal
+        query, key = attention.query, attention.key
+
+        def masked(bias: Tensor, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+            own = bias.reshape(bias.shape[0], *[1] * (query.dim() - 2), bias.shape[1]).to(query.dtype)
+            if mask is not None and mask.dtype is torch.bool:
+                return torch.where(mask, own, -torch.inf)
+            if mask is not None:
+                return own + mask
+            if causal:
+                seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+                return torch.where(seen, own, -torch.inf)
+            return own
+
+        new = inline(edit, masked, bias, mask, query, key, like=node)
+        kwargs = dict(node.kwargs)
+        dropout = node.args[4] if len(node.args) > 4 else kwargs.pop("dropout_p", 0.0)
+        node.args = (*node.args[:3], new, dropout, False)
+        node.kwargs = {name: value for name, value in kwargs.items() if name not in ("attn_mask", "is_causal")}
+        edit.infer(node)
+        return
+
+    logits = node.args[0]
+    assert isinstance(logits, Node)
+
+    def added(logits: Tensor, bias: Tensor) -> Tensor:
+        copies = logits.numel() // (logits.shape[-1] * logits.shape[-2] * bias.shape[0])
+        if logits.dim() == 3:  # heads and samples in one dimension
+            own = bias[:, None].expand(-1, copies, -1).reshape(-1, 1, bias.shape[1])
+        else:
+            own = bias.reshape(bias.shape[0], *[1] * (logits.dim() - 2), bias.shape[1])
+        return logits + own.to(logits.dtype)
+
+    new = inline(edit, added, logits, bias, like=node)
+    node.replace_input_with(logits, new)
+    edit.infer(node)

@@ -1,0 +1,285 @@
+"""Passes that let later blocks run on fewer tokens: where, by what score, what becomes of the rest, how many stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.axes import infer
+from graphopt.budget import Budget
+from graphopt.cost.formulas import counts as cost_of
+from graphopt.cost.formulas import numbers
+from graphopt.cut import Kept, Positions, cut
+from graphopt.edit import Edit
+from graphopt.errors import BadOption, CannotShrink, Decline
+from graphopt.inline import inline
+from graphopt.passes.base import Pass
+from graphopt.passes.checks import check_share
+from graphopt.passes.reduction import named_in
+from graphopt.passes.sizes import limit, nothing, unreachable
+from graphopt.passes.tokens import reducers, scores
+from graphopt.passes.tokens.attention import Attention, add_to_keys, attentions
+from graphopt.passes.tokens.following import computed_early
+from graphopt.passes.tokens.protect import span_of
+from graphopt.passes.tokens.schedule import SCHEDULES, Schedule
+from graphopt.passes.tokens.segments import Segments, segments_of
+from graphopt.passes.tokens.sites import Site, Where, blocks, sites
+from graphopt.passes.tokens.view import View, heads, repeated
+from graphopt.place import place
+from graphopt.region import Region, Span, region_of
+
+
+@dataclass(frozen=True)
+class TokenReduction(Pass):
+    """Choose tokens by a score at some places of a residual stream, and let everything behind run on these. Lossy.
+
+    budget: what the whole program may cost, of FLOPs or multiply-adds; or
+    keep: the share of the tokens that is left behind the last place; or
+    counts: how many tokens stay at each place, those that cannot go (class tokens) not counted.
+    schedule: how counts fall from place to place: constant (as many go everywhere), linear (from twice as many to
+        none), cosine, ratio (the same share everywhere), last (all at the first place).
+    score: how much a token matters, such as class-attention or `pagerank:steps=3`; where the reducer wants scores.
+    reducer: what becomes of the others: top-k, bipartite, ...
+    where: "attention": between attention and what follows it, "block": behind whole blocks, "input": once, in front.
+    sites: the blocks, from 0, that have a place; all but the last for "block", all for "attention", if none are named.
+    tokens: START:STOP of the tokens that may go; all but class tokens where it is not said.
+    positions: "keep": tokens keep their place in tables of positions and in masks; "renumber": they move up.
+    outputs: "restore": outputs that have the tokens get all of them back; "shrink": they leave with fewer.
+    proportional: attention counts a merged token as often as it has tokens; not for models trained with merging.
+    """
+
+    lossless: ClassVar[bool] = False
+
+    budget: Budget | None = None
+    keep: float | None = None
+    counts: tuple[int, ...] | None = None
+    schedule: str = "linear"
+    score: str = "class-attention"
+    reducer: str = "top-k"
+    where: Where = "attention"
+    sites: tuple[int, ...] | None = None
+    tokens: str | None = None
+    positions: Positions = "keep"
+    outputs: Literal["restore", "shrink"] = "restore"
+    proportional: bool = True
+
+    # The pass ---------------------------------------------------------------------------------------------------------
+
+    def apply(self, edit: Edit) -> None:
+        """See Pass. Raises BadOption, BudgetUnreachable, NothingToCut."""
+        self.check()
+        job = _Job(self, edit)
+        if not job.places:
+            reason = "; ".join(str(each.reason) for each in job.declined) or "there is no attention in a residual block"
+            edit.declined += job.declined
+            edit.declined.append(Decline(edit.program.name, f"there is no place to reduce tokens at: {reason}"))
+            if self.budget is not None:
+                raise nothing(edit.program, self.budget, self.name, reason)
+            return
+        wanted = self.wanted(edit, job)
+        job.run(wanted)
+        edit.declined += job.declined
+
+    def check(self) -> None:
+        """Options that contradict each other. Raises BadOption."""
+        given = [name for name in ("budget", "keep", "counts") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise BadOption(
+                what=f"{self.name} takes one of budget, keep and counts", way_out="give --flops 0.6, keep=0.5 or counts"
+            )
+        check_share(self.name, "keep", self.keep)
+        if self.schedule not in SCHEDULES:
+            raise BadOption(what=f"{self.name}: schedule={self.schedule}", way_out=f"known are: {', '.join(SCHEDULES)}")
+
+    @property
+    def made_reducer(self) -> reducers.Reducer:
+        """The reducer with its options. Raises BadOption."""
+        return named_in("reducer", self.reducer, reducers.REDUCERS)
+
+    @property
+    def made_score(self) -> scores.Score:
+        """The score with its options. Raises BadOption."""
+        return named_in("score", self.score, scores.SCORES)
+
+    def wanted(self, edit: Edit, job: _Job) -> list[int]:
+        """How many tokens of the span stay at each place. Raises BadOption, BudgetUnreachable."""
+        span, number = job.span.size, len(job.places)
+        if self.counts is not None:
+            if len(self.counts) != number:
+                raise BadOption(
+                    what=f"{self.name}: {len(self.counts)} counts for {number} places", way_out="name as many, or sites"
+                )
+            found = [int(count) for count in self.counts]
+            if any(b > a for a, b in zip([span, *found], found, strict=False)) or min(found) < 1:
+                raise BadOption(
+                    what=f"{self.name}: counts={found} of {span} tokens", way_out="give counts that fall, from 1"
+                )
+            return found
+        floors = self.made_reducer.least
+        schedule = SCHEDULES[self.schedule]
+        if self.keep is not None:
+            return schedule.ending(span, number, max(1, round(self.keep * span)), floors)
+        assert self.budget is not None
+        return self.solved(edit, job, schedule)
+
+    def solved(self, edit: Edit, job: _Job, schedule: Schedule) -> list[int]:
+        """The most tokens with which the program is within the budget."""
+        budget = self.budget
+        assert budget is not None
+        if budget.kind not in ("flops", "macs"):
+            raise BadOption(
+                what=f"{self.name} has a budget of {budget.kind}", way_out="give --flops or --macs, keep or counts"
+            )
+        allowed = limit(edit.program, budget)
+        whole = limit(edit.program, Budget(budget.kind, 1.0))
+        model, span, number = job.segments(budget.kind), job.span.size, len(job.places)
+        least = self.made_reducer.least
+        extra = 0.0
+        for _ in range(6):  # what choosing and folding cost is known when they are there, and changes little
+            found = schedule.within(span, number, least, lambda counts: model(counts) + extra <= allowed)
+            if found is None:
+                floor = schedule.ending(span, number, 1, least)
+                raise unreachable(edit.program.name, budget, model(floor) + extra, whole)
+            trial = _Job(self, Edit(edit.program))
+            trial.run(found)
+            now = trial.total(budget.kind)
+            if now <= allowed:
+                return found
+            extra = max(now - model(found), extra + 1)
+        raise unreachable(edit.program.name, budget, model(found) + extra, whole)
+
+
+class _Job:
+    """One run over a graph."""
+
+    def __init__(self, options: TokenReduction, edit: Edit) -> None:
+        self.options, self.edit = options, edit
+        axes = infer(edit.program)
+        found, self.declined = blocks(edit, axes)
+        self.attentions = attentions(edit)
+        self.places: list[Site] = []
+        self.reducer, self.score = options.made_reducer, options.made_score
+        if not found:
+            return
+        every = sites(found, options.where)
+        last = len(found) - 1
+        numbers_ = options.sites if options.sites is not None else range(last if options.where == "block" else last + 1)
+        if unknown := [n for n in numbers_ if not 0 <= n <= last]:
+            raise BadOption(what=f"{options.name}: sites={unknown}", way_out=f"blocks are 0 to {last}")
+        self.places = [site for site in every if options.where == "input" or site.block in numbers_]
+        if self.places:
+            self.span = span_of(edit, axes, self.places[0], options.tokens)
+            if self.reducer.scored and self.score.attention == "following":
+                self.places = [site for site in self.places if site.following is not None]
+
+    def region(self, site: Site, span: Span) -> Region:
+        """What runs on fewer tokens behind a place."""
+        return region_of(
+            self.edit,
+            site.at,
+            span,
+            ordered=self.reducer.ordered,
+            at_stream=self.reducer.drops,
+            shrinks=lambda _: self.options.outputs == "shrink",
+        )
+
+    def segments(self, kind: str) -> Segments:
+        """The cost of the program by the tokens between places."""
+        edit = Edit(self.edit.program)
+        job = _Job(self.options, edit)
+        first = job.region(job.places[0], job.span)
+        return segments_of(edit, first, [site.at for site in job.places], kind)
+
+    def total(self, kind: str) -> float:
+        """FLOPs or multiply-adds of the graph as it is."""
+        self.edit.graph.eliminate_dead_code()
+        calls = [node for node in self.edit.graph.nodes if node.op == "call_function"]
+        return float(sum(int(getattr(cost_of(node, numbers), kind)) for node in calls))  # type: ignore[call-overload]
+
+    def run(self, wanted: Sequence[int]) -> None:
+        """Reduce to as many tokens at each place."""
+        span, size = self.span, None
+        sized: dict[Node, tuple[Attention, Node, Span]] = {}
+        now = span.size
+        for site, count in zip(self.places, wanted, strict=True):
+            if count >= now:
+                continue
+            if count < self.reducer.least(now):
+                raise BadOption(
+                    what=f"{self.options.name}: {count} of {now} tokens at {site.name}",
+                    way_out=f"{self.reducer.name} leaves at least {self.reducer.least(now)}",
+                )
+            here = Span(site.dim, span.start, span.start + now)
+            region = self.region(site, here)
+            if not region.nodes:
+                self.declined.append(Decline(place(site.at), "nothing behind it can do with fewer tokens"))
+                continue
+            kept = self.choose(site, here, region, size, count)
+            cut(self.edit, region, kept, positions=self.options.positions)
+            self.edit.count("place")
+            self.edit.details.append({"block": site.block, "name": site.name, "tokens": now, "kept": count})
+            for reader, reason in {(each.where, each.reason) for each in region.blocked}:
+                self.declined.append(Decline(reader, f"gets all tokens: {reason}"))
+            now = count
+            if self.reducer.sized:
+                size = kept.size
+                inside = set(region.nodes)
+                for attention in self.attentions:
+                    if attention.node in inside and size is not None:
+                        sized[attention.node] = (attention, size, Span(0, here.start, here.start + count))
+        if self.options.proportional:
+            for attention, own, where in sized.values():
+                add_to_keys(self.edit, attention, self.bias(attention, own, where))
+        self.edit.graph.eliminate_dead_code()
+
+    def bias(self, attention: Attention, size: Node, where: Span) -> Node:
+        """The logarithm of how many tokens each key stands for, (b, keys)."""
+        keys = int(attention.key.meta["val"].shape[-1 if attention.turned else -2])
+
+        def log(size: Tensor) -> Tensor:
+            behind = keys - where.stop
+            return torch.nn.functional.pad(size.log(), (where.start, behind)) if where.start or behind else size.log()
+
+        return inline(self.edit, log, size, like=attention.node)
+
+    def choose(self, site: Site, here: Span, region: Region, size: Node | None, count: int) -> Kept:
+        """Insert what decides which tokens stay."""
+        first, x = region.nodes[0], site.at
+        attention = site.attention
+        if self.reducer.scored and self.score.attention == "following":
+            attention = site.following
+        given: dict[str, Any] = {}
+        if attention is not None:
+            given = {"query": attention.query, "key": attention.key, "value": attention.value}
+            if attention.fused:
+                given["mask"] = attention.mask
+            elif attention is not site.following:
+                given["map"] = attention.node
+            if attention is site.following:
+                given = computed_early(self.edit, site.at, given, first)
+        turned = attention.turned if attention is not None else False
+        scale = attention.scale if attention is not None and attention.fused else 1.0
+        causal = attention.causal if attention is not None and attention.fused else False
+        reducer, score = self.reducer, self.score
+
+        def chosen(x: Tensor, given: dict[str, Any], size: Tensor | None) -> Kept:
+            x = x[None] if here.dim == 0 else x if here.dim == 1 else x.movedim(here.dim, 1)
+            samples = x.shape[0]
+            own = {name: value for name, value in given.items() if value is not None}
+            if turned and "key" in own:
+                own["key"] = own["key"].transpose(-1, -2)
+            own = {name: value if name == "mask" else heads(value, samples) for name, value in own.items()}
+            if "key" in own:
+                own |= {name: repeated(own[name], own["query"].shape[1]) for name in ("key", "value")}
+            view = View(x, size=size, scale=scale, causal=causal, start=here.start, stop=here.stop, **own)
+            return reducer(view, score(view) if reducer.scored else None, count)
+
+        try:
+            return inline(self.edit, chosen, x, given, size, like=first)
+        except AssertionError as problem:
+            raise CannotShrink(axis=site.name, reason=str(problem)) from problem

@@ -1,0 +1,64 @@
+"""What a program costs by how many tokens run between the places where they are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from graphopt.axes import find, results_of
+from graphopt.cost.formulas import Shaped, counts, numbers
+from graphopt.cost.polynomial import Polynomial
+from graphopt.edit import Edit
+from graphopt.region import Region, descendants
+
+
+class Segments:
+    """FLOPs (or multiply-adds) of a program, without what choosing and folding tokens costs.
+
+    A polynomial in the tokens of each segment: behind a place and in front of the next; exact.
+    """
+
+    def __init__(self, region: Region, polynomials: Sequence[Polynomial], rest: int) -> None:
+        self._span, self._polynomials, self._rest = find(region.span), polynomials, rest
+
+    def __call__(self, wanted: Sequence[int]) -> int:
+        """The cost where so many tokens of the span stay behind each place."""
+        own = zip(self._polynomials, wanted, strict=True)
+        return self._rest + sum(polynomial({self._span: count}) for polynomial, count in own)
+
+    def __str__(self) -> str:
+        return " + ".join(f"({polynomial})" for polynomial in self._polynomials) + f" + {self._rest}"
+
+
+def segments_of(edit: Edit, region: Region, places: Sequence[Node], kind: str) -> Segments:
+    """The segments of a graph behind the places, in order, the first being that of `region`."""
+    order = list(edit.graph.nodes)
+    inside = set(region.nodes)
+    behind = [descendants(order, at) for at in places]
+    span = find(region.span)
+    shapes = {node: _shaped(node, region.dims.get(node), span) for node in order}
+    sums: list[list[Any]] = [[] for _ in places]
+    rest = 0
+    for node in order:
+        if node.op != "call_function":
+            continue
+        if node not in inside:
+            rest += int(getattr(counts(node, numbers), kind))  # type: ignore[call-overload]
+            continue
+        number = max(n for n, own in enumerate(behind) if node in own)
+        sums[number].append(getattr(counts(node, shapes.__getitem__), kind))
+    span.label = span.label or "n"
+    return Segments(region, [Polynomial.sum(own) for own in sums], rest)
+
+
+def _shaped(node: Node, dims: Any, span: Any) -> tuple[Shaped, ...]:
+    plain = tuple(numbers(node))
+    known = results_of(dims) if dims else []
+    if [len(own) for own in known] != [len(result.shape) for result in plain]:
+        return plain
+    return tuple(
+        Shaped(tuple(Polynomial.of(axis, lambda atom: atom is span) for axis in own), result.item_bytes)
+        for own, result in zip(known, plain, strict=True)
+    )

@@ -1,0 +1,106 @@
+"""Where tokens may be reduced: the places of a residual stream behind attention, and behind whole blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Node
+
+from graphopt.axes import Axes, atoms, find, results_of
+from graphopt.edit import Edit
+from graphopt.errors import Decline
+from graphopt.passes.residual import branches
+from graphopt.passes.tokens.attention import Attention, attentions
+from graphopt.place import place
+
+Where = Literal["attention", "block", "input"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A value of the stream, (b, n, c) as a rule, whose tokens run along `dim`.
+
+    `block` counts from 0. `attention` is that of this block, in front of the value, `following` that of the next block,
+    None behind the last.
+    """
+
+    block: int
+    name: str
+    at: Node
+    dim: int
+    attention: Attention | None
+    following: Attention | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a transformer: an attention, where its result was added to the stream, and where the block ends."""
+
+    name: str
+    attention: Attention
+    entry: Node
+    after_attention: Node
+    end: Node
+    dim: int
+
+
+def blocks(edit: Edit, axes: Axes) -> tuple[list[Block], list[Decline]]:
+    """The blocks with attention of tokens to tokens of the stream, in order; and attention that is in none."""
+    program = edit.program
+    nodes = {node.name: node for node in edit.graph.nodes}
+    old = {node.name: node for node in program.graph.nodes}
+    order = {node: n for n, node in enumerate(edit.graph.nodes)}
+    sums = [(branch, nodes[branch.total.name]) for branch in branches(program)[0]]
+    found: list[Block] = []
+    declined: list[Decline] = []
+    every = attentions(edit)
+    for number, attention in enumerate(every):
+        until = order[every[number + 1].node] if number + 1 < len(every) else len(order)
+        own = [
+            (branch, total)
+            for branch, total in sums
+            if order[attention.node] < order[total] < until and order[nodes[branch.source.name]] < order[attention.node]
+        ]
+        if not own:
+            declined.append(Decline(place(attention.node), "what it gives is not added to what it was computed from"))
+            continue
+        branch, total = own[0]
+        dims = _token_dims(axes, old[total.name], old[attention.query.name])
+        if len(dims) != 1:
+            reason = "its queries are windows, or several dimensions, of the stream"
+            declined.append(Decline(place(attention.node), reason))
+            continue
+        # The last sum in front of the next attention that still has these tokens.
+        ends = [
+            each
+            for _, each in sums
+            if order[total] <= order[each] < until and each.meta["val"].shape == total.meta["val"].shape
+        ]
+        end = ends[-1] if ends else total
+        found.append(Block(branch.unit or branch.name, attention, nodes[branch.source.name], total, end, dims[0]))
+    return found, declined
+
+
+def _token_dims(axes: Axes, stream: Node, query: Node) -> list[int]:
+    """The dimensions of the stream that the rows of `query` are."""
+    rows = find(results_of(axes.dims[query])[0][-2])
+    wanted = set(atoms(rows))
+    return [
+        n
+        for n, axis in enumerate(results_of(axes.dims[stream])[0])
+        if axis.extent > 1 and (find(axis) is rows or (set(atoms(axis)) == wanted and axis.extent == rows.extent))
+    ]
+
+
+def sites(found: list[Block], where: Where) -> list[Site]:
+    """One site per block: behind its attention, at its end, or (one only) in front of the first block."""
+    if where == "input":
+        first = found[0]
+        return [Site(0, first.name, first.entry, first.dim, None, first.attention)]
+    result = []
+    for number, block in enumerate(found):
+        following = found[number + 1].attention if number + 1 < len(found) else None
+        at = block.after_attention if where == "attention" else block.end
+        result.append(Site(number, block.name, at, block.dim, block.attention, following))
+    return result

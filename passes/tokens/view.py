@@ -1,0 +1,82 @@
+"""What scores and reducers see of a place where tokens are reduced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class View:
+    """Tensors of one place, traced: shapes are known, values are not.
+
+    `x` (b, n, c) is the stream. Of the attention that scores look at: `query` and `value` (b, h, n, d), `key` (b, h, n,
+    d), `mask` what is added to its logits or a boolean one, `map` (b, h, n, n) where it is written out. `size` (b, span)
+    counts the tokens that each stands for; None where they stand for themselves.
+    """
+
+    x: Tensor
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    map: Tensor | None = None
+    size: Tensor | None = None
+    scale: float = 1.0
+    causal: bool = False
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens that may go, (b, span, c)."""
+        return self.x[:, self.start : self.stop]
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many tokens each of the span stands for, (b, span)."""
+        return self.x.new_ones(self.x.shape[0], self.stop - self.start) if self.size is None else self.size
+
+    @property
+    def metric(self) -> Tensor:
+        """The mean over heads of the span's keys, (b, span, d); its features where there is no attention."""
+        if self.key is None:
+            return self.tokens
+        return self.key.mean(1)[:, self.start : self.stop]
+
+    def rows(self, queries: slice) -> Tensor:
+        """Attention that some queries pay to all tokens, (b, h, queries, n): these rows of the map, not all of it."""
+        if self.map is not None:
+            return self.map[:, :, queries]
+        assert self.query is not None, "the score needs attention"
+        assert self.key is not None
+        query = self.query[:, :, queries]
+        logits = torch.matmul(query, self.key.transpose(-1, -2)) * self.scale
+        n = self.key.shape[2]
+        if self.mask is not None:
+            mask = self.mask.expand(*self.mask.shape[:-2], self.query.shape[2], n)[..., queries, :]
+            logits = torch.where(mask, logits, -torch.inf) if mask.dtype is torch.bool else logits + mask
+        elif self.causal:
+            seen = torch.ones(n, n, dtype=torch.bool).tril()[queries]
+            logits = torch.where(seen, logits, -torch.inf)
+        return logits.softmax(-1)
+
+
+def heads(x: Tensor, samples: int) -> Tensor:
+    """Queries, keys or values as (b, h, n, d), however many dimensions samples and heads had."""
+    return x if x.dim() == 4 else x.reshape(samples, -1, *x.shape[-2:])
+
+
+def repeated(key: Tensor, count: int) -> Tensor:
+    """Keys for `count` heads of queries, (b, count, n, d)."""
+    return key if key.shape[1] == count else key.repeat_interleave(count // key.shape[1], 1)
+
+
+pytree.register_dataclass(
+    View,
+    field_names=[name for name in View.__dataclass_fields__ if name not in ("scale", "causal", "start", "stop")],
+    drop_field_names=["scale", "causal", "start", "stop"],
+)
