@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 import graphopt
-from benchmarks.tome import MergedVisionTransformer
 from graphopt import targets
 from graphopt.arrays import to_numpy
 from graphopt.bench import RIVALS, in_turns, timed_in_turns
 from graphopt.optimize import plan, reduce, sizes
 from tests.models import ZOO
+from tests.tome import MergedVisionTransformer
 
 PASSES = ("merge-tokens", "prune-tokens")
 

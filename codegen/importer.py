@@ -36,6 +36,7 @@ KEPT_WHOLE = (
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.masked_scatter.default,
+    aten.index_add.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
 )

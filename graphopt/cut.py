@@ -102,10 +102,8 @@ def _bring_back(edit: Edit, region: Region, kept: Kept) -> None:
         readers.setdefault(node, []).append(user)
     for node, users in readers.items():
         dims = region.along(node)
-        if (
-            len(dims) != 1
-            or (not region.is_stream(node)
-            and find(results_of(region.dims[node])[0][dims[0]]) is not find(region.tokens))
+        if len(dims) != 1 or (
+            not region.is_stream(node) and find(results_of(region.dims[node])[0][dims[0]]) is not find(region.tokens)
         ):
             raise CannotShrink(axis=place(node), reason="all tokens are wanted again in a form that they do not have")
         span = Span(dims[0], region.where.start, region.where.stop)

@@ -40,6 +40,7 @@ class Edit:
         self.notes: list[str] = []
         self.details: list[dict[str, Any]] = []
         self.formats: dict[str, Format | None] = {}
+        self.inserted: list[Node] = []  # by `call`
         signature = self.exported.graph_signature
         self._specs = {spec.arg.name: spec for spec in signature.input_specs}
         mutated = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
@@ -135,6 +136,7 @@ class Edit:
             node = self.graph.call_function(target, args, dict(kwargs or {}))
         node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta}
         self.infer(node)
+        self.inserted.append(node)
         return node
 
     def infer(self, node: Node) -> None:

@@ -39,6 +39,8 @@ PASSES: dict[str, str] = {
     "drop-blocks": "graphopt.passes.drop_blocks:DropBlocks",
     "prune-tokens": "graphopt.passes.prune_tokens:PruneTokens",
     "merge-tokens": "graphopt.passes.merge_tokens:MergeTokens",
+    "diffrate": "graphopt.passes.diffrate:DiffRate",
+    "transform-tokens": "graphopt.passes.transform_tokens:TransformTokens",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
     "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }

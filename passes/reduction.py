@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -324,7 +325,7 @@ def named_in(kind: str, text: str, known: Mapping[str, Any], make: Callable[...,
     if name not in known:
         raise BadOption(what=f"there is no {kind} {name}", way_out=f"known are: {', '.join(sorted(known))}")
     options = {}
-    for item in filter(None, rest.split(",")):
+    for item in filter(None, re.split(r",(?![^(]*\))", rest)):  # commas inside a tuple are its own
         key, _, value = item.partition("=")
         options[key.strip()] = _value(value.strip())
     try:

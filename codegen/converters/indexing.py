@@ -63,6 +63,29 @@ def _index_put(node: fx.Node, importer: Importer) -> relax.Expr:
     return emit(relax.op.scatter_nd(a["self"], where, updates, "add" if a["accumulate"] else "update"))
 
 
+def _index_add(node: fx.Node, importer: Importer) -> relax.Expr:
+    """Slices are added at places along one dimension, which is brought to the front."""
+    a = arguments(node, importer)
+    emit = importer.block_builder.emit
+    shape = shape_of(a["self"])
+    dim, x, source = a["dim"] % len(shape), a["self"], a["source"]
+    if a.get("alpha", 1) != 1:
+        source = emit(relax.op.multiply(source, relax.const(a["alpha"], dtype_of(source))))
+    front = [dim, *(n for n in range(len(shape)) if n != dim)]
+    moved = math.prod(shape[:dim]) != 1
+    rows = [shape[n] for n in front]
+    count = shape_of(a["index"])[0]
+    if moved:
+        x, source = emit(relax.op.permute_dims(x, front)), emit(relax.op.permute_dims(source, front))
+    else:
+        x, source = emit(relax.op.reshape(x, rows)), emit(relax.op.reshape(source, (count, *rows[1:])))
+    where = emit(relax.op.reshape(emit(relax.op.astype(a["index"], "int64")), (count, 1)))
+    added = emit(relax.op.scatter_nd(x, where, source, "add"))
+    if moved:
+        return emit(relax.op.permute_dims(added, [front.index(n) for n in range(len(shape))]))
+    return emit(relax.op.reshape(added, shape))
+
+
 def _cat(node: fx.Node, importer: Importer) -> relax.Expr:
     """Side by side, in the dtype that holds them all; parts without elements do not count, whatever their rank."""
     a = arguments(node, importer)
@@ -167,6 +190,7 @@ TABLE: dict[str, Converter] = {
     "cat.default": _cat,
     "embedding.default": _embedding,
     "index.Tensor": _index,
+    "index_add.default": _index_add,
     "index_put.default": _index_put,
     "masked_scatter.default": _masked_scatter,
     "scatter.src": _scatter_src,

@@ -82,7 +82,9 @@ class TokenReduction(Pass):
                 raise nothing(edit.program, self.budget, self.name, reason)
             return
         wanted = self.wanted(edit, job)
+        model = job.segments("flops")(wanted)
         job.run(wanted)
+        edit.details.append({"model_flops": model, "reduction_flops": job.added("flops")})
         edit.declined += job.declined
 
     def check(self) -> None:
@@ -95,6 +97,10 @@ class TokenReduction(Pass):
         check_share(self.name, "keep", self.keep)
         if self.schedule not in SCHEDULES:
             raise BadOption(what=f"{self.name}: schedule={self.schedule}", way_out=f"known are: {', '.join(SCHEDULES)}")
+
+    def default_sites(self, blocks: int) -> Sequence[int]:
+        """The blocks that have a place where the user names none."""
+        return range(blocks - 1 if self.where == "block" else blocks)
 
     @property
     def made_reducer(self) -> reducers.Reducer:
@@ -139,9 +145,9 @@ class TokenReduction(Pass):
         whole = limit(edit.program, Budget(budget.kind, 1.0))
         model, span, number = job.segments(budget.kind), job.span.size, len(job.places)
         least = self.made_reducer.least
-        extra = 0.0
+        extra = 0
         for _ in range(6):  # what choosing and folding cost is known when they are there, and changes little
-            found = schedule.within(span, number, least, lambda counts: model(counts) + extra <= allowed)
+            found = schedule.within(span, number, least, lambda counts, extra=extra: model(counts) + extra <= allowed)
             if found is None:
                 floor = schedule.ending(span, number, 1, least)
                 raise unreachable(edit.program.name, budget, model(floor) + extra, whole)
@@ -150,7 +156,7 @@ class TokenReduction(Pass):
             now = trial.total(budget.kind)
             if now <= allowed:
                 return found
-            extra = max(now - model(found), extra + 1)
+            extra = max(trial.added(budget.kind), extra + 1)
         raise unreachable(edit.program.name, budget, model(found) + extra, whole)
 
 
@@ -168,7 +174,7 @@ class _Job:
             return
         every = sites(found, options.where)
         last = len(found) - 1
-        numbers_ = options.sites if options.sites is not None else range(last if options.where == "block" else last + 1)
+        numbers_ = options.default_sites(len(found)) if options.sites is None else options.sites
         if unknown := [n for n in numbers_ if not 0 <= n <= last]:
             raise BadOption(what=f"{options.name}: sites={unknown}", way_out=f"blocks are 0 to {last}")
         self.places = [site for site in every if options.where == "input" or site.block in numbers_]
@@ -195,18 +201,21 @@ class _Job:
         first = job.region(job.places[0], job.span)
         return segments_of(edit, first, [site.at for site in job.places], kind)
 
-    def total(self, kind: str) -> float:
+    def total(self, kind: str) -> int:
         """FLOPs or multiply-adds of the graph as it is."""
-        self.edit.graph.eliminate_dead_code()
-        calls = [node for node in self.edit.graph.nodes if node.op == "call_function"]
-        return float(sum(int(getattr(cost_of(node, numbers), kind)) for node in calls))  # type: ignore[call-overload]
+        return _cost([node for node in self.edit.graph.nodes if node.op == "call_function"], kind)
+
+    def added(self, kind: str) -> int:
+        """What choosing tokens, folding them and bringing them back costs."""
+        alive = set(self.edit.graph.nodes)
+        return _cost([node for node in self.edit.inserted if node in alive], kind)
 
     def run(self, wanted: Sequence[int]) -> None:
         """Reduce to as many tokens at each place."""
         span, size = self.span, None
         sized: dict[Node, tuple[Attention, Node, Span]] = {}
         now = span.size
-        for site, count in zip(self.places, wanted, strict=True):
+        for number, (site, count) in enumerate(zip(self.places, wanted, strict=True)):
             if count >= now:
                 continue
             if count < self.reducer.least(now):
@@ -219,7 +228,7 @@ class _Job:
             if not region.nodes:
                 self.declined.append(Decline(place(site.at), "nothing behind it can do with fewer tokens"))
                 continue
-            kept = self.choose(site, here, region, size, count)
+            kept = self.choose(site, here, region, size, count, self.reducer.at(number))
             cut(self.edit, region, kept, positions=self.options.positions)
             self.edit.count("place")
             self.edit.details.append({"block": site.block, "name": site.name, "tokens": now, "kept": count})
@@ -247,7 +256,9 @@ class _Job:
 
         return inline(self.edit, log, size, like=attention.node)
 
-    def choose(self, site: Site, here: Span, region: Region, size: Node | None, count: int) -> Kept:
+    def choose(
+        self, site: Site, here: Span, region: Region, size: Node | None, count: int, reducer: reducers.Reducer
+    ) -> Kept:
         """Insert what decides which tokens stay."""
         first, x = region.nodes[0], site.at
         attention = site.attention
@@ -265,7 +276,7 @@ class _Job:
         turned = attention.turned if attention is not None else False
         scale = attention.scale if attention is not None and attention.fused else 1.0
         causal = attention.causal if attention is not None and attention.fused else False
-        reducer, score = self.reducer, self.score
+        score = self.score
 
         def chosen(x: Tensor, given: dict[str, Any], size: Tensor | None) -> Kept:
             x = x[None] if here.dim == 0 else x if here.dim == 1 else x.movedim(here.dim, 1)
@@ -283,3 +294,7 @@ class _Job:
             return inline(self.edit, chosen, x, given, size, like=first)
         except AssertionError as problem:
             raise CannotShrink(axis=site.name, reason=str(problem)) from problem
+
+
+def _cost(calls: Sequence[Node], kind: str) -> int:
+    return sum(int(getattr(cost_of(node, numbers), kind)) for node in calls)  # type: ignore[call-overload]

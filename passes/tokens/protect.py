@@ -24,9 +24,8 @@ def span_of(edit: Edit, axes: Axes, site: Site, given: str | None) -> Span:
     size = int(site.at.meta["val"].shape[site.dim])
     if given is not None:
         found = re.fullmatch(r"(\d*):(-?\d*)", given.strip())
-        start, stop = (
-            (int(text) if text else default for text, default in zip(found.groups(), (0, size))) if found else (0, 0)
-        )
+        start = int(found[1] or 0) if found else 0
+        stop = int(found[2] or size) if found else 0
         stop = stop + size if stop < 0 else stop
         if not 0 <= start < stop <= size:
             raise BadOption(what=f"tokens={given} of {size}", way_out="give START:STOP, such as 1: or 5:581")

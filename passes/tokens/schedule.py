@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Shape = Callable[[int, int], list[float]]
 _STEPS = 50
 
 
@@ -25,10 +24,7 @@ class Schedule:
         """How many of `span` tokens stay at each place."""
         found, now = [], span
         for place, share in enumerate(self.shape(places)):
-            if self.ratio:
-                wanted = span * (1 - strength) ** (place + 1)
-            else:
-                wanted = span - strength * (span - 1) * share
+            wanted = span * (1 - strength) ** (place + 1) if self.ratio else span - strength * (span - 1) * share
             now = max(least(now), min(now, math.floor(wanted + 1e-9)), 1)
             found.append(now)
         return found

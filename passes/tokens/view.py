@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 class View:
     """Tensors of one place, traced: shapes are known, values are not.
 
-    `x` (b, n, c) is the stream. Of the attention that scores look at: `query` and `value` (b, h, n, d), `key` (b, h, n,
-    d), `mask` what is added to its logits or a boolean one, `map` (b, h, n, n) where it is written out. `size` (b, span)
-    counts the tokens that each stands for; None where they stand for themselves.
+    `x` (b, n, c) is the stream. Of the attention that scores look at: `query`, `key` and `value` (b, h, n, d), `mask`
+    what is added to its logits or a boolean one, `map` (b, h, n, n) where it is written out. `size` (b, span) counts
+    the tokens that each stands for; None where they stand for themselves.
     """
 
     x: Tensor

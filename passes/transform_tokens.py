@@ -1,0 +1,31 @@
+"""Turn all tokens into fewer, each a mean of many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.passes.tokens.base import TokenReduction
+
+
+@dataclass(frozen=True)
+class TransformTokens(TokenReduction):
+    """Multiply the tokens with a matrix that is computed from them: pruning and merging are special cases of it.
+
+        before  x (b, 197, c) -> attention -> mlp -> ...
+        after   x (b, 197, c) -> attention -> W x (b, 140, c) -> mlp -> ...
+
+    At a quarter, a half and three quarters of the blocks, the same share each time, if nothing else is said. A head
+    that wants all tokens gets of each what it was shared out to.
+
+    Source: Zeng et al., Token Transforming, arXiv:2506.05709.
+    """
+
+    name: ClassVar[str] = "transform-tokens"
+
+    reducer: str = "transform"
+    schedule: str = "ratio"
+
+    def default_sites(self, blocks: int) -> list[int]:
+        """The blocks that have a place."""
+        return sorted({max(1, round(blocks * part / 4)) - 1 for part in (1, 2, 3)})
