@@ -93,7 +93,7 @@ def parse_step(text: str) -> Step:
     """`prune-channels` or `prune-channels:criterion=l1,keep=0.5`. Raises BadRecipe."""
     name, colon, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")) if colon else ():
+    for item in filter(None, re.split(r",(?![^(]*\))", rest)) if colon else ():  # not inside a tuple
         key, equals, value = item.partition("=")
         if not equals:
             raise BadRecipe(what=f"--pass {text}", reason=f"{item!r} is not name=value", way_out=_PASS)
@@ -261,7 +261,7 @@ def _as_type(value: Any, wanted: Any, what: str) -> Any:
     elif wanted is Any or wanted is object:
         return value
     elif origin is tuple:
-        items = re.split(r"[;|]", value) if isinstance(value, str) else value
+        items = re.split(r"[;|,]", value.strip("()")) if isinstance(value, str) else value
         if isinstance(items, Sequence):
             return tuple(_as_type(item, args[0], what) for item in items)
     elif origin is typing.Literal:

@@ -20,13 +20,13 @@ _SOURCE = re.compile(r"^Sources?:\s*(?P<text>.+?)(?:\n\n|\Z)", re.MULTILINE | re
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(help="A pass, criterion or allocation, to be explained.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A pass, criterion, allocation, score or reducer, to be explained.")] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """List the passes, criteria and allocations, or explain one of them."""
+    """List the passes and what they are made of (criteria, allocations, scores, reducers), or explain one of them."""
     out = Output(json, quiet, verbose)
     with out.working("importing PyTorch"):
         entries = catalogue()
@@ -45,8 +45,9 @@ def passes(
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Every registered pass, criterion and allocation: kind, name, summary, text, source, options."""
+    """Every registered pass, criterion, allocation, score and reducer: kind, name, summary, text, source, options."""
     from graphopt.passes import CANONICALISE, PASSES, allocation, criteria, load
+    from graphopt.passes.tokens import reducers, scores
 
     rows = [
         _entry("lossless pass" if load(name).lossless else "reducing pass", name, load(name), name in CANONICALISE)
@@ -54,6 +55,8 @@ def catalogue() -> list[dict[str, Any]]:
     ]
     rows += [_entry("criterion", name, criteria.load(name), False) for name in criteria.CRITERIA]
     rows += [_entry("allocation", name, allocation.load(name), False) for name in allocation.ALLOCATIONS]
+    rows += [_entry("score of tokens", name, cls, False) for name, cls in scores.SCORES.items()]
+    rows += [_entry("reducer of tokens", name, cls, False) for name, cls in reducers.REDUCERS.items()]
     return rows
 
 
