@@ -11,7 +11,7 @@ looked up at the tokens that stay. Where all tokens are wanted again they come b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,14 +42,14 @@ class Kept:
     `size` (b, k): how many tokens each new one stands for.
     """
 
-    index: Tensor
-    sources: Tensor | None = None
-    slots: Tensor | None = None
-    weight: Tensor | None = None
-    share: Tensor | None = None
-    matrix: Tensor | None = None
-    spread: Tensor | None = None
-    size: Tensor | None = None
+    index: Any
+    sources: Any = None
+    slots: Any = None
+    weight: Any = None
+    share: Any = None
+    matrix: Any = None
+    spread: Any = None
+    size: Any = None
 
 
 pytree.register_dataclass(Kept)
@@ -69,7 +69,7 @@ def cut(edit: Edit, region: Region, kept: Kept, *, positions: Positions = "keep"
         CannotShrink: something that has the tokens cannot be looked up for each sample.
     """
     first, where = region.nodes[0], region.where
-    count = int(kept.index.meta["val"].shape[1])  # type: ignore[attr-defined]
+    count = int(kept.index.meta["val"].shape[1])
     reduced = inline(edit, lambda x, own: fold(x, own, where), region.at, kept, like=first)
     index = inline(edit, _whole_index, kept.index, int(region.at.meta["val"].shape[where.dim]), where, like=first)
     crossing: dict[Node, list[Node]] = {}

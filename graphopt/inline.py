@@ -53,7 +53,7 @@ def inline(edit: Edit, function: Callable[..., Any], *args: Any, like: Node) -> 
             inside[node] = edit.call(node.target, args_, kwargs, like=like)
         elif node.op == "call_function":
             inside[node] = inside.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
-    outputs = module.graph.output_node().args[0]
+    outputs: Any = module.graph.output_node().args[0]
     shape, results = made
     found = [inside[node] if isinstance(node, Node) else value for node, value in zip(outputs, results, strict=True)]
     return pytree.tree_unflatten(found, shape)

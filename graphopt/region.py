@@ -18,7 +18,7 @@ from graphopt.errors import Decline
 from graphopt.place import place
 
 # Pins that matter to a constant keep set, not to items that stay in their order.
-ORDER = frozenset({"its order matters"})
+ORDER = frozenset({"its order matters", "causal"})
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ class _Suffix(Inference):
             self.visit(node)
             root = find(self.span)
             if root.pinned is not None or root.kind is not None:
-                return node, root.pinned or "it takes some of the tokens apart from the others"
+                apart = "it makes a grid of the tokens" if root.kind == "product" else "it takes some tokens apart"
+                return node, root.pinned or apart
         return None
 
     def carries(self, node: Node) -> bool:
@@ -206,37 +207,38 @@ class _Suffix(Inference):
 
 
 def _end_in_stream(edit: Edit, suffix: _Suffix, ends: Sequence[tuple[Node, Node]], inside: set[Node]) -> list[Node]:
-    """Let readers of ends that are no sums of the stream read copies of what lies between; the copies."""
+    """Let readers of ends that are no sums of the stream read copies of all that lies between; the copies."""
+    wanted: set[Node] = set()
+    for node, _ in ends:
+        wanted |= _behind_stream(suffix, node, inside)
+    if not wanted:
+        return []
+    order = list(edit.graph.nodes)
+    chain = [node for node in order if node in wanted]
     copied: dict[Node, Node] = {}
+    for each in chain:
+        with edit.graph.inserting_after(each):
+            copied[each] = edit.graph.node_copy(each, lambda source: copied.get(source, source))
     for node, user in ends:
-        chain = _chain(suffix, node, inside)
-        for each in chain:
-            if each not in copied:
-                with edit.graph.inserting_after(max((chain[-1], *copied.values()), key=_place)):
-                    copied[each] = edit.graph.node_copy(each, lambda source: copied.get(source, source))
-        if chain:
+        if node in copied:
             user.replace_input_with(node, copied[node])
-            for each in reversed(chain):
-                if not each.users:
-                    edit.graph.erase_node(each)
+    for each in reversed(chain):
+        if not each.users:
+            edit.graph.erase_node(each)
     return list(copied.values())
 
 
-def _place(node: Node) -> int:
-    return next(n for n, each in enumerate(node.graph.nodes) if each is node)
-
-
-def _chain(suffix: _Suffix, node: Node, inside: set[Node]) -> list[Node]:
-    """The calls from a sum of the stream to `node`, in order; none where `node` is such a sum, or hangs on several."""
-    chain: list[Node] = []
-    while node not in (suffix.at,) and not (base_name(node) in _SUMS and suffix.is_stream(node)):
-        sources = [each for each in node.all_input_nodes if suffix.dims.get(each) and suffix.carries(each)]
-        if len(sources) != 1 or node not in inside or len(chain) >= _FAR:
-            return []
-        chain.append(node)
-        node = sources[0]
-    return chain[::-1]
+def _behind_stream(suffix: _Suffix, node: Node, inside: set[Node]) -> set[Node]:
+    """The calls between sums of the stream and `node`, itself included; none where it is such a sum."""
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        each = todo.pop()
+        if each in found or each not in inside or (base_name(each) in _SUMS and suffix.is_stream(each)):
+            continue
+        found.add(each)
+        todo += each.all_input_nodes
+    return found
 
 
 _SUMS = ("add", "sub", "add_")
-_FAR = 12

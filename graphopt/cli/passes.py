@@ -20,7 +20,9 @@ _SOURCE = re.compile(r"^Sources?:\s*(?P<text>.+?)(?:\n\n|\Z)", re.MULTILINE | re
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(help="A pass, criterion, allocation, score or reducer, to be explained.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A pass, criterion, allocation, score or reducer, to be explained.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

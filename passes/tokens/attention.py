@@ -77,10 +77,10 @@ def attentions(edit: Edit) -> list[Attention]:
 
 def _written_out(softmax: Node) -> Attention | None:
     """The attention that a softmax is the middle of."""
-    rank = softmax.meta["val"].dim()
-    if rank < 3 or int(softmax.args[1]) % rank != rank - 1:  # type: ignore[call-overload]
+    rank, dim = softmax.meta["val"].dim(), softmax.args[1]
+    if rank < 3 or not isinstance(dim, int) or dim % rank != rank - 1:
         return None
-    before: Node | None = softmax
+    before = softmax
     for _ in range(_FAR):
         sources = [each for each in before.all_input_nodes if each.op == "call_function"]
         products = [each for each in sources if base_name(each) in _PRODUCTS]

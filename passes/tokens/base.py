@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -145,9 +146,9 @@ class TokenReduction(Pass):
         whole = limit(edit.program, Budget(budget.kind, 1.0))
         model, span, number = job.segments(budget.kind), job.span.size, len(job.places)
         least = self.made_reducer.least
-        extra = 0
+        extra, found = 0, None
         for _ in range(6):  # what choosing and folding cost is known when they are there, and changes little
-            found = schedule.within(span, number, least, lambda counts, extra=extra: model(counts) + extra <= allowed)
+            found = schedule.within(span, number, least, partial(_fits, model, allowed - extra))
             if found is None:
                 floor = schedule.ending(span, number, 1, least)
                 raise unreachable(edit.program.name, budget, model(floor) + extra, whole)
@@ -157,7 +158,11 @@ class TokenReduction(Pass):
             if now <= allowed:
                 return found
             extra = max(trial.added(budget.kind), extra + 1)
-        raise unreachable(edit.program.name, budget, model(found) + extra, whole)
+        raise unreachable(edit.program.name, budget, model(found or ()) + extra, whole)
+
+
+def _fits(model: Segments, allowed: float, wanted: Sequence[int]) -> bool:
+    return model(wanted) <= allowed
 
 
 class _Job:
@@ -297,4 +302,4 @@ class _Job:
 
 
 def _cost(calls: Sequence[Node], kind: str) -> int:
-    return sum(int(getattr(cost_of(node, numbers), kind)) for node in calls)  # type: ignore[call-overload]
+    return sum(int(getattr(cost_of(node, numbers), kind)) for node in calls)

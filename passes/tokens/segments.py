@@ -45,7 +45,7 @@ def segments_of(edit: Edit, region: Region, places: Sequence[Node], kind: str) -
         if node.op != "call_function":
             continue
         if node not in inside:
-            rest += int(getattr(counts(node, numbers), kind))  # type: ignore[call-overload]
+            rest += int(getattr(counts(node, numbers), kind))
             continue
         number = max(n for n, own in enumerate(behind) if node in own)
         sums[number].append(getattr(counts(node, shapes.__getitem__), kind))
