@@ -86,6 +86,7 @@ def region_of(
     *,
     ordered: bool = False,
     at_stream: bool = False,
+    until: Node | None = None,
     shrinks: Callable[[Node], bool] = lambda _: False,
 ) -> Region:
     """Find the region behind `at`.
@@ -100,9 +101,10 @@ def region_of(
         ordered: those that stay are in their order, so calls to which only the order matters are no obstacle.
         at_stream: all tokens come back in a value that has the dimensions of `at`, where one is near: what follows
             is computed for all tokens then.
+        until: a value behind which all tokens are there again.
         shrinks: for a result that leaves the program, whether it leaves with fewer tokens.
     """
-    outside: dict[Node, str] = {}
+    outside: dict[Node, str] = dict.fromkeys(until.users, "tokens come back in front of it") if until else {}
     order = list(edit.graph.nodes)
     behind = descendants(order, at)
     while True:

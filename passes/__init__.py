@@ -41,6 +41,8 @@ PASSES: dict[str, str] = {
     "merge-tokens": "graphopt.passes.merge_tokens:MergeTokens",
     "diffrate": "graphopt.passes.diffrate:DiffRate",
     "transform-tokens": "graphopt.passes.transform_tokens:TransformTokens",
+    "pyramid-drop": "graphopt.passes.pyramid_drop:PyramidDrop",
+    "visiondrop": "graphopt.passes.visiondrop:VisionDrop",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
     "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }

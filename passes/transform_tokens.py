@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphopt.passes.pyramid_drop import quarters
 from graphopt.passes.tokens.base import TokenReduction
 
 
@@ -26,6 +28,5 @@ class TransformTokens(TokenReduction):
     reducer: str = "transform"
     schedule: str = "ratio"
 
-    def default_sites(self, blocks: int) -> list[int]:
-        """The blocks that have a place."""
-        return sorted({max(1, round(blocks * part / 4)) - 1 for part in (1, 2, 3)})
+    def default_sites(self, blocks: int) -> Sequence[int]:
+        return quarters(blocks)

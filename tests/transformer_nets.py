@@ -115,6 +115,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
+def tables(places: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of rotary positions, (n, size)."""
+    frequency = 10000.0 ** (-torch.arange(0, size, 2).float() / size)
+    angle = torch.outer(places.float(), frequency)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
 class LlamaBlock(nn.Module):
     def __init__(self, dim: int, heads: int, groups: int, hidden: int) -> None:
         super().__init__()
@@ -125,12 +133,14 @@ class LlamaBlock(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
         self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None = None) -> Tensor:
         b, n, c = x.shape
         y = self.norm1(x)
         q = rotate(self.q(y).view(b, n, self.heads, self.size).transpose(1, 2), cos, sin)
         k = rotate(self.k(y).view(b, n, self.groups, self.size).transpose(1, 2), cos, sin)
         v = self.v(y).view(b, n, self.groups, self.size).transpose(1, 2)
+        if cache is not None:
+            cache += [k, v]
         k, v = (t.repeat_interleave(self.heads // self.groups, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(y.transpose(1, 2).reshape(b, n, c))
@@ -148,11 +158,7 @@ class Llama(nn.Module):
         self.norm, self.head = RMSNorm(dim), nn.Linear(dim, words, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        n = input_ids.shape[1]
-        frequency = 10000.0 ** (-torch.arange(0, self.size, 2).float() / self.size)
-        angle = torch.outer(torch.arange(n).float(), frequency)
-        angle = torch.cat([angle, angle], -1)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = tables(torch.arange(input_ids.shape[1]), self.size)
         x = self.word(input_ids)
         for block in self.blocks:
             x = block(x, cos, sin)

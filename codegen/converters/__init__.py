@@ -6,7 +6,7 @@ operator's schema, so a keyword and a position are the same.
 
 from __future__ import annotations
 
-from graphopt.codegen.converters import arithmetic, attention, experts, images, indexing, ordering
+from graphopt.codegen.converters import arithmetic, attention, experts, images, indexing, ordering, rows
 from graphopt.codegen.converters.common import Converter
 
 CONVERTERS: dict[str, Converter] = {
@@ -16,6 +16,7 @@ CONVERTERS: dict[str, Converter] = {
     **images.TABLE,
     **indexing.TABLE,
     **ordering.TABLE,
+    **rows.TABLE,
 }
 
 __all__ = ["CONVERTERS", "Converter"]

@@ -29,7 +29,7 @@ from graphopt.passes.tokens.following import computed_early
 from graphopt.passes.tokens.protect import span_of
 from graphopt.passes.tokens.schedule import SCHEDULES, Schedule
 from graphopt.passes.tokens.segments import Segments, segments_of
-from graphopt.passes.tokens.sites import Site, Where, blocks, sites
+from graphopt.passes.tokens.sites import Site, Where, blocks, sites, streams
 from graphopt.passes.tokens.view import View, heads, repeated
 from graphopt.place import place
 from graphopt.region import Region, Span, region_of
@@ -51,6 +51,8 @@ class TokenReduction(Pass):
     tokens: START:STOP of the tokens that may go; all but class tokens where it is not said.
     positions: "keep": tokens keep their place in tables of positions and in masks; "renumber": they move up.
     outputs: "restore": outputs that have the tokens get all of them back; "shrink": they leave with fewer.
+    stream: which of several sequences of tokens, from 0 (a vision tower, a language model); the one with most blocks.
+    until: the block at whose end all tokens come back.
     proportional: attention counts a merged token as often as it has tokens; not for models trained with merging.
     """
 
@@ -68,6 +70,9 @@ class TokenReduction(Pass):
     positions: Positions = "keep"
     outputs: Literal["restore", "shrink"] = "restore"
     proportional: bool = True
+    stream: int | None = None
+    until: int | None = None
+    default_keep: ClassVar[float | None] = None
 
     # The pass ---------------------------------------------------------------------------------------------------------
 
@@ -87,11 +92,14 @@ class TokenReduction(Pass):
         job.run(wanted)
         edit.details.append({"model_flops": model, "reduction_flops": job.added("flops")})
         edit.declined += job.declined
+        if not edit.changed and min(wanted) < job.span.size:
+            reasons = dict.fromkeys(str(each.reason) for each in job.declined)
+            edit.note(f"no tokens could be reduced: {'; '.join(reasons)}")
 
     def check(self) -> None:
         """Options that contradict each other. Raises BadOption."""
         given = [name for name in ("budget", "keep", "counts") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and (given or self.default_keep is None):
             raise BadOption(
                 what=f"{self.name} takes one of budget, keep and counts", way_out="give --flops 0.6, keep=0.5 or counts"
             )
@@ -129,9 +137,9 @@ class TokenReduction(Pass):
             return found
         floors = self.made_reducer.least
         schedule = SCHEDULES[self.schedule]
-        if self.keep is not None:
-            return schedule.ending(span, number, max(1, round(self.keep * span)), floors)
-        assert self.budget is not None
+        keep = self.default_keep if self.keep is None and self.budget is None else self.keep
+        if keep is not None:
+            return schedule.ending(span, number, max(1, int(keep * span)), floors)
         return self.solved(edit, job, schedule)
 
     def solved(self, edit: Edit, job: _Job, schedule: Schedule) -> list[int]:
@@ -177,6 +185,18 @@ class _Job:
         self.reducer, self.score = options.made_reducer, options.made_score
         if not found:
             return
+        groups = streams(found)
+        if options.stream is not None and not 0 <= options.stream < len(groups):
+            raise BadOption(what=f"{options.name}: stream={options.stream}", way_out=f"there are {len(groups)}, from 0")
+        chosen = max(range(len(groups)), key=lambda n: (len(groups[n]), n))
+        found = groups[chosen if options.stream is None else options.stream]
+        self.until = None
+        if options.until is not None:
+            if not 0 <= options.until < len(found):
+                raise BadOption(
+                    what=f"{options.name}: until={options.until}", way_out=f"blocks are 0 to {len(found) - 1}"
+                )
+            self.until = found[options.until].end
         every = sites(found, options.where)
         last = len(found) - 1
         numbers_ = options.default_sites(len(found)) if options.sites is None else options.sites
@@ -184,8 +204,8 @@ class _Job:
             raise BadOption(what=f"{options.name}: sites={unknown}", way_out=f"blocks are 0 to {last}")
         self.places = [site for site in every if options.where == "input" or site.block in numbers_]
         if self.places:
-            self.span = span_of(edit, axes, self.places[0], options.tokens)
-            if self.reducer.scored and self.score.attention == "following":
+            self.span = span_of(axes, self.places[0], options.tokens)
+            if self.reducer.scored and self.score.look == "following":
                 self.places = [site for site in self.places if site.following is not None]
 
     def region(self, site: Site, span: Span) -> Region:
@@ -194,9 +214,10 @@ class _Job:
             self.edit,
             site.at,
             span,
-            ordered=self.reducer.ordered,
+            ordered=self.reducer.ordered or self.options.positions == "renumber",
             at_stream=self.reducer.drops,
             shrinks=lambda _: self.options.outputs == "shrink",
+            until=self.until,
         )
 
     def segments(self, kind: str) -> Segments:
@@ -267,7 +288,7 @@ class _Job:
         """Insert what decides which tokens stay."""
         first, x = region.nodes[0], site.at
         attention = site.attention
-        if self.reducer.scored and self.score.attention == "following":
+        if self.reducer.scored and self.score.look == "following":
             attention = site.following
         given: dict[str, Any] = {}
         if attention is not None:
@@ -277,7 +298,8 @@ class _Job:
             elif attention is not site.following:
                 given["map"] = attention.node
             if attention is site.following:
-                given = computed_early(self.edit, site.at, given, first)
+                last = isinstance(self.score, scores.LastAttention)
+                given = computed_early(self.edit, site.at, site.dim, given, first, last=last)
         turned = attention.turned if attention is not None else False
         scale = attention.scale if attention is not None and attention.fused else 1.0
         causal = attention.causal if attention is not None and attention.fused else False

@@ -25,7 +25,7 @@ class Schedule:
         found, now = [], span
         for place, share in enumerate(self.shape(places)):
             wanted = span * (1 - strength) ** (place + 1) if self.ratio else span - strength * (span - 1) * share
-            now = max(least(now), min(now, math.floor(wanted + 1e-9)), 1)
+            now = max(least(now), min(now, math.floor(wanted + 1e-6)), 1)
             found.append(now)
         return found
 
@@ -48,6 +48,8 @@ class Schedule:
 
     def ending(self, span: int, places: int, last: int, least: Callable[[int], int]) -> list[int]:
         """Counts that end with `last` tokens, or with as few as can be."""
+        if self.ratio:
+            return self.counts(span, places, 1 - (last / span) ** (1 / places), least)
         found = self.within(span, places, least, lambda counts: counts[-1] <= last)
         return self.counts(span, places, 1.0, least) if found is None else found
 

@@ -12,17 +12,19 @@ from torch.nn.functional import normalize
 
 from graphopt.passes.tokens.view import View
 
+Look = Literal["own", "following", "none"]
+
 
 @dataclass(frozen=True)
 class Score(ABC):
     """A value for each token of a span: (b, span), the higher the more it matters.
 
-    `attention` says which attention it looks at: that of the block it stands in ("own"), that of the next block, whose
-    queries and keys are computed for it ("following"), or none.
+    look: at which attention: that of the block it stands in ("own"), that of the next block, whose queries and keys are
+        computed for it ("following"), or "none".
     """
 
     name: ClassVar[str]
-    attention: ClassVar[Literal["own", "following", "none"]] = "own"
+    look: Look = "own"
 
     @abstractmethod
     def __call__(self, view: View) -> Tensor:
@@ -55,7 +57,7 @@ class LastAttention(Score):
     """
 
     name: ClassVar[str] = "last-attention"
-    attention: ClassVar[Literal["own", "following", "none"]] = "following"
+    look: Look = "following"
 
     def __call__(self, view: View) -> Tensor:
         assert view.key is not None or view.map is not None, "there is attention"
@@ -122,7 +124,7 @@ class Norm(Score):
     """The Euclidean norm of each token's features."""
 
     name: ClassVar[str] = "norm"
-    attention: ClassVar[Literal["own", "following", "none"]] = "none"
+    look: Look = "none"
 
     def __call__(self, view: View) -> Tensor:
         return view.tokens.norm(dim=-1)
@@ -136,7 +138,7 @@ class Clipped(Score):
     """
 
     name: ClassVar[str] = "clipped"
-    attention: ClassVar[Literal["own", "following", "none"]] = "none"
+    look: Look = "none"
 
     def __call__(self, view: View) -> Tensor:
         return view.tokens.relu().sum(-1)
@@ -172,7 +174,7 @@ class Random(Score):
     """
 
     name: ClassVar[str] = "random"
-    attention: ClassVar[Literal["own", "following", "none"]] = "none"
+    look: Look = "none"
     seed: int = 0
 
     def __call__(self, view: View) -> Tensor:
@@ -186,7 +188,7 @@ class Uniform(Score):
     """Evenly spaced: the first of every so many, in bit-reversed order, so that any number of them is spread out."""
 
     name: ClassVar[str] = "uniform"
-    attention: ClassVar[Literal["own", "following", "none"]] = "none"
+    look: Look = "none"
 
     def __call__(self, view: View) -> Tensor:
         count = view.stop - view.start

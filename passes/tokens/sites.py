@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-from graphopt.axes import Axes, atoms, find, results_of
+from graphopt.axes import Axes, Axis, atoms, find, results_of
 from graphopt.edit import Edit
 from graphopt.errors import Decline
 from graphopt.passes.residual import branches
@@ -35,7 +35,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a transformer: an attention, where its result was added to the stream, and where the block ends."""
+    """A block of a transformer: an attention, where its result was added to the stream, and where the block ends.
+
+    `tokens` is the axis of the stream's tokens, in front of any reduction: blocks with the same one follow each other.
+    """
 
     name: str
     attention: Attention
@@ -43,6 +46,15 @@ class Block:
     after_attention: Node
     end: Node
     dim: int
+    tokens: Axis
+
+
+def streams(found: list[Block]) -> list[list[Block]]:
+    """Blocks by the tokens that they share, in order: those of a vision tower, those of a language model."""
+    groups: dict[Axis, list[Block]] = {}
+    for block in found:
+        groups.setdefault(find(block.tokens), []).append(block)
+    return list(groups.values())
 
 
 def blocks(edit: Edit, axes: Axes) -> tuple[list[Block], list[Decline]]:
@@ -78,7 +90,9 @@ def blocks(edit: Edit, axes: Axes) -> tuple[list[Block], list[Decline]]:
             if order[total] <= order[each] < until and each.meta["val"].shape == total.meta["val"].shape
         ]
         end = ends[-1] if ends else total
-        found.append(Block(branch.unit or branch.name, attention, nodes[branch.source.name], total, end, dims[0]))
+        tokens = results_of(axes.dims[old[total.name]])[0][dims[0]]
+        name = branch.unit or branch.name
+        found.append(Block(name, attention, nodes[branch.source.name], total, end, dims[0], tokens))
     return found, declined
 
 

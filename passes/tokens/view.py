@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 class View:
     """Tensors of one place, traced: shapes are known, values are not.
 
-    `x` (b, n, c) is the stream. Of the attention that scores look at: `query`, `key` and `value` (b, h, n, d), `mask`
-    what is added to its logits or a boolean one, `map` (b, h, n, n) where it is written out. `size` (b, span) counts
-    the tokens that each stands for; None where they stand for themselves.
+    `x` (b, n, c) is the stream. Of the attention that scores look at: `query` (all, or only the last), `key` and
+    `value` (b, h, n, d), `mask` what is added to its logits or a boolean one, `map` (b, h, n, n) where it is written
+    out. `size` (b, span) counts the tokens that each stands for; None where they stand for themselves.
     """
 
     x: Tensor
@@ -57,7 +57,7 @@ class View:
         logits = torch.matmul(query, self.key.transpose(-1, -2)) * self.scale
         n = self.key.shape[2]
         if self.mask is not None:
-            mask = self.mask.expand(*self.mask.shape[:-2], self.query.shape[2], n)[..., queries, :]
+            mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., queries, :]
             logits = torch.where(mask, logits, -torch.inf) if mask.dtype is torch.bool else logits + mask
         elif self.causal:
             seen = torch.ones(n, n, dtype=torch.bool).tril()[queries]
