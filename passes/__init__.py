@@ -43,6 +43,9 @@ PASSES: dict[str, str] = {
     "transform-tokens": "graphopt.passes.transform_tokens:TransformTokens",
     "pyramid-drop": "graphopt.passes.pyramid_drop:PyramidDrop",
     "visiondrop": "graphopt.passes.visiondrop:VisionDrop",
+    "aim": "graphopt.passes.aim:Aim",
+    "lvlm-csp": "graphopt.passes.lvlm_csp:LvlmCsp",
+    "drop-segments": "graphopt.passes.drop_segments:DropSegments",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
     "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }

@@ -17,7 +17,7 @@ from graphopt.cost.formulas import counts as cost_of
 from graphopt.cost.formulas import numbers
 from graphopt.cut import Kept, Positions, cut
 from graphopt.edit import Edit
-from graphopt.errors import BadOption, CannotShrink, Decline
+from graphopt.errors import BadOption, CannotShrink, Decline, NothingToCut
 from graphopt.inline import inline
 from graphopt.passes.base import Pass
 from graphopt.passes.checks import check_share
@@ -32,6 +32,7 @@ from graphopt.passes.tokens.segments import Segments, segments_of
 from graphopt.passes.tokens.sites import Site, Where, blocks, sites, streams
 from graphopt.passes.tokens.view import View, heads, repeated
 from graphopt.place import place
+from graphopt.program import Program
 from graphopt.region import Region, Span, region_of
 
 
@@ -173,6 +174,15 @@ def _fits(model: Segments, allowed: float, wanted: Sequence[int]) -> bool:
     return model(wanted) <= allowed
 
 
+def places_of(options: TokenReduction, program: Program) -> tuple[int, Span]:
+    """How many blocks the stream that a pass would reduce has, and which tokens may go. Raises NothingToCut."""
+    job = _Job(options, Edit(program))
+    if not job.places:
+        reason = "; ".join(str(each.reason) for each in job.declined) or "there is no attention in a residual block"
+        raise NothingToCut(file=program.name, kind="flops", asked="fewer tokens", name=options.name, reason=reason)
+    return job.blocks, job.span
+
+
 class _Job:
     """One run over a graph."""
 
@@ -197,6 +207,7 @@ class _Job:
                     what=f"{options.name}: until={options.until}", way_out=f"blocks are 0 to {len(found) - 1}"
                 )
             self.until = found[options.until].end
+        self.blocks = len(found)
         every = sites(found, options.where)
         last = len(found) - 1
         numbers_ = options.default_sites(len(found)) if options.sites is None else options.sites

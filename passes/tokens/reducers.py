@@ -59,6 +59,21 @@ class TopK(Reducer):
 
 
 @dataclass(frozen=True)
+class Listed(Reducer):
+    """The same tokens stay for every sample: `stay`, places in the span, in order."""
+
+    name: ClassVar[str] = "listed"
+    ordered: ClassVar[bool] = True
+    drops: ClassVar[bool] = True
+    sized: ClassVar[bool] = False
+    stay: tuple[int, ...] = ()
+
+    def __call__(self, view: View, scores: Tensor | None, count: int) -> Kept:
+        assert len(self.stay) == count, f"{len(self.stay)} places for {count} tokens"
+        return Kept(index=torch.tensor(self.stay).expand(view.x.shape[0], -1))
+
+
+@dataclass(frozen=True)
 class Bipartite(Reducer):
     """Bipartite soft matching: of every other token the most similar to one of the rest are merged into that.
 
@@ -76,15 +91,16 @@ class Bipartite(Reducer):
 
     def __call__(self, view: View, scores: Tensor | None, count: int) -> Kept:
         span = view.stop - view.start
-        # Every other token of all, so that class tokens in front do not change who is compared with whom.
-        parity = view.start % 2
+        # Class tokens in front count as places, as published; text does not.
+        special = 0 < view.start <= 2
+        parity = view.start % 2 if special else 0
         first, second = torch.arange(parity, span, 2), torch.arange(1 - parity, span, 2)
         metric = normalize(view.tokens if self.features else view.metric, dim=-1)
         a, b = metric.index_select(1, first), metric.index_select(1, second)
         best, partner = torch.matmul(a, b.transpose(-1, -2)).max(-1)
         gone = span - count
         order = best.argsort(dim=-1, descending=True)
-        stay = order[:, gone:].sort(-1).values if view.start else order[:, gone:]
+        stay = order[:, gone:].sort(-1).values if special else order[:, gone:]
         merged = order[:, :gone]
         slots = rows(partner, merged) + (first.shape[0] - gone)
         index = torch.cat([stay * 2 + parity, second.expand(view.x.shape[0], -1)], 1)
@@ -292,7 +308,7 @@ def _merged(view: View, index: Tensor, sources: Tensor, slots: Tensor) -> Kept:
 
 
 REDUCERS: dict[str, type[Reducer]] = {
-    each.name: each for each in (TopK, Bipartite, PruneMerge, Transform, Contextual, Cluster, Pool)
+    each.name: each for each in (TopK, Listed, Bipartite, PruneMerge, Transform, Contextual, Cluster, Pool)
 }
 
 

@@ -190,3 +190,89 @@ def test_visual_tokens_of_text_alone_must_be_named() -> None:
     with pytest.raises(BadOption, match="START:STOP"):
         make("pyramid-drop")(program)
     assert make("pyramid-drop", tokens="2:10")(program).records[-1].changed
+
+
+def test_aim_equals_its_formulas() -> None:
+    """Two merges in front of the decoder, then PageRank in the graph of attention, layer by layer."""
+    model, inputs = llava(layers=6), example()
+    small = make("aim", first=1, layers=4)(program_of(model, inputs))
+    decoder = model.decoder
+
+    def merged(x: Tensor, count: int) -> Tensor:
+        even, odd = x[::2], x[1::2]
+        best, to = (F.normalize(even, dim=-1) @ F.normalize(odd, dim=-1).T).max(-1)
+        order = best.argsort(descending=True)
+        gone, stay = order[: len(x) - count], order[len(x) - count :]
+        means = [torch.stack([odd[n], *even[gone[to[gone] == n]]]).mean(0) for n in range(len(odd))]
+        return torch.cat([even[stay], torch.stack(means)])
+
+    with torch.no_grad():
+        x = model.embed(inputs["input_ids"], inputs["pixels"])[0]
+        image = merged(merged(x[BEFORE : BEFORE + VISUAL], 8), 4)
+        x = torch.cat([x[:BEFORE], image, x[BEFORE + VISUAL :]])[None]
+        places, visual = torch.arange(x.shape[1]), 4
+        for number, block in enumerate(decoder.blocks):
+            y, n = block.norm1(x), x.shape[1]
+            cos, sin = tables(places, decoder.size)
+            q, k = (rotate(f(y).view(1, n, -1, 8).transpose(1, 2), cos, sin)[0] for f in (block.q, block.k))
+            logits = q @ k.repeat_interleave(2, 0).transpose(-1, -2) * 8**-0.5
+            chain = ((logits + torch.full((n, n), -torch.inf).triu(1)) / 0.1).softmax(-1)
+            x = block(x, cos, sin)
+            if 1 <= number < 5:
+                p = torch.full((4, 1, n), 1 / n)
+                for _ in range(5):
+                    p = p @ chain
+                torch.testing.assert_close(p.sum(-1), torch.ones(4, 1))
+                rank = p[:, 0].square().mean(0).sqrt()[BEFORE : BEFORE + visual]
+                left = max(1, int(4 * (1 - number / 4)))
+                stay = rank.topk(left).indices.sort().values + BEFORE
+                index = torch.cat([torch.arange(BEFORE), stay, torch.arange(BEFORE + visual, n)])
+                x, places, visual = x[:, index], places[index], left
+        wanted = decoder.head(decoder.norm(x))
+    torch.testing.assert_close(logits_of(small, inputs), wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_csp_gathers_scatters_and_prunes() -> None:
+    """Few in the first third, all in the second, top by the last token's attention in the last, positions kept."""
+    model, inputs = llava(layers=6), example()
+    small = make("lvlm-csp", pruned=0.25)(program_of(model, inputs))
+    decoder = model.decoder
+    index = torch.tensor([*range(BEFORE), *(BEFORE + 4 * n for n in range(4)), *range(BEFORE + VISUAL, 24)])
+    every = tables(torch.arange(24), decoder.size)
+    with torch.no_grad():
+        whole = model.embed(inputs["input_ids"], inputs["pixels"])
+        x = whole[:, index]
+        for block in decoder.blocks[:2]:
+            x = block(x, *tables(index, decoder.size))
+        x = whole.index_copy(1, index, x)
+        for block in decoder.blocks[2:4]:
+            x = block(x, *every)
+        y = decoder.blocks[4].norm1(x)
+        q, k = (
+            rotate(f(y).view(1, 24, -1, 8).transpose(1, 2), *every)[0]
+            for f in (decoder.blocks[4].q, decoder.blocks[4].k)
+        )
+        stay = by_last(4)(q, k.repeat_interleave(2, 0), slice(BEFORE, BEFORE + VISUAL)) + BEFORE
+        last = torch.cat([torch.arange(BEFORE), stay, torch.arange(BEFORE + VISUAL, 24)])
+        x = x[:, last]
+        for block in decoder.blocks[4:]:
+            x = block(x, *tables(last, decoder.size))
+        wanted = decoder.head(decoder.norm(x))
+    torch.testing.assert_close(logits_of(small, inputs), wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("segments", [("4:7",), ("0:2", "10:15"), ("5:24",)])
+def test_segments_are_dropped_behind_a_block(segments: tuple[str, ...]) -> None:
+    """The same tokens for every input; what stays is where it was."""
+    model, inputs = llava(), example(2)
+    small = make("drop-segments", segments=segments, sites=(1,))(program_of(model, inputs))
+    gone = {place for each in segments for place in range(*map(int, each.split(":")))}
+    index = torch.tensor([place for place in range(24) if place not in gone])
+    decoder = model.decoder
+    with torch.no_grad():
+        x = model.embed(inputs["input_ids"], inputs["pixels"])
+        for number, block in enumerate(decoder.blocks):
+            x = block(x, *tables(index if number > 1 else torch.arange(24), decoder.size))
+            x = x[:, index] if number == 1 else x
+        wanted = decoder.head(decoder.norm(x))
+    torch.testing.assert_close(logits_of(small, inputs), wanted, atol=2e-5, rtol=1e-4)
