@@ -46,6 +46,7 @@ PASSES: dict[str, str] = {
     "aim": "graphopt.passes.aim:Aim",
     "lvlm-csp": "graphopt.passes.lvlm_csp:LvlmCsp",
     "drop-segments": "graphopt.passes.drop_segments:DropSegments",
+    "flexdit": "graphopt.passes.flexdit:FlexDit",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
     "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }
