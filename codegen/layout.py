@@ -1,8 +1,9 @@
 """Which way tensors lie: with channels and features innermost, or outermost where that lets zeros save time.
 
 Dense kernels want channels innermost (`channels_last.py`). Sparse ones want them outermost, pixels or tokens in the
-vector (`kernels/spmm.py`). Images are laid out one way in the whole program, whichever the estimates say is faster;
-so a network never changes layout inside. A linear layer is turned on its own, into
+vector (`kernels/spmm.py`). Images are laid out one way in the whole program, whichever the estimates say is faster, or
+measurements where there are records of them; so a network never changes layout inside. A linear layer is turned on its
+own, into
 
     x [.., k] -> permute [k, tokens] -> matmul(W [n, k], .) [n, tokens] -> permute [.., n]
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tvm.ir import IRModule
 
 from graphopt.codegen.channels_last import RULES, channels_last
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
+from graphopt.codegen.kernel_times import KernelTimes, Layer, Side, Times, image_layer
 from graphopt.codegen.kernels.spmm import convolution, plan_of, tokens_as_image
 from graphopt.codegen.kernels.spmv import height_of
 from graphopt.codegen.rebuild import rebuild
@@ -34,38 +36,35 @@ from graphopt.targets.target import Target
 # An estimate must be better by this much before a layout is changed for it: on Zen 5 dense products take down to 0.82
 # of theirs, sparse ones 0.95 to 1.05 of theirs.
 GAIN = 0.82
+# And so much better a measured time, the least of many runs.
+MEASURED_GAIN = 0.97
 # Bytes per cycle at which a dense matrix streams from the third-level cache.
 STREAM_BYTES_PER_CYCLE = 24
 # Elements per cycle that a transpose moves.
 TRANSPOSED_PER_CYCLE = 2.0
 
 
-@dataclass(frozen=True)
-class Times:
-    """Estimates for one layer, in cycles."""
-
-    dense: float
-    sparse: float
-    obstacle: str = ""  # why there is no sparse kernel
-
-
-def lay_out(module: IRModule, target: Target, weights: Weights) -> tuple[IRModule, tuple[SparseWeight, ...]]:
+def lay_out(
+    module: IRModule, target: Target, weights: Weights, times: KernelTimes
+) -> tuple[IRModule, tuple[SparseWeight, ...]]:
     """Choose the layout of images, and turn the linear layers whose zeros pay. Says what was weighed."""
     flow = Dataflow(module["main"])
     images = list(_images(flow, target, weights))
-    dense = sum(image.times.dense for image in images)
-    sparse = sum(image.times.sparse for image in images) + _strangers_moved(flow)
     # Without zeros there is nothing to gain, whatever the estimates of dense kernels differ by.
     zeros = any(not image.obstacle and image.seen and 1 - image.seen.density >= LEAST_ZEROS for image in images)
-    front = zeros and sparse <= GAIN * dense
-    entries = _image_entries(images, front, Times(dense, sparse), target)
+    if zeros and not any(image.times.obstacle for image in images):
+        images = [image.measured_by(times) for image in images]
+    total, gain = _weighed(images)
+    total = Times(total.dense, total.sparse + _strangers_moved(flow))
+    front = zeros and total.sparse <= gain * total.dense
+    entries = _image_entries(images, front, total, target)
     entries += _others(flow, ("relax.nn.conv1d", "relax.nn.conv3d"), target, weights)
     module = _some_channels_last(module, weights) if front else channels_last(module)
     flow = Dataflow(module["main"])
     entries += _others(flow, _TRANSPOSED, target, weights)
 
     def rewrite(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
-        found = _weigh_linear(flow, value, target, weights)
+        found = _weigh_linear(flow, value, target, weights, times)
         if found is None:
             return value
         rule, entry = found
@@ -112,12 +111,14 @@ def _operator(op: str) -> str:
 
 @dataclass(frozen=True)
 class _Image:
-    """A convolution, what is known of its weight, and its estimates."""
+    """A convolution, what is known of its weight, and its times: estimates, and as measured."""
 
+    call: relax.Call
     weight: Array
     seen: Seen | None
     depthwise: bool
     times: Times
+    measured: Times | None = None
 
     @property
     def obstacle(self) -> str:
@@ -127,6 +128,44 @@ class _Image:
         if self.seen is not None and self.seen.dense:
             return 'annotated "dense"'
         return "depthwise: with so few taps there is nothing to gain from zeros" if self.depthwise else ""
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether it is taken as dense whichever way the images lie, between two transposes if need be."""
+        return self.seen is not None and self.seen.dense and not self.depthwise
+
+    @property
+    def moved(self) -> float:
+        """Cycles for the transposes around it where it stays dense in a network in NCHW."""
+        elements = math.prod(shape_of(self.call.args[0])) + math.prod(shape_of(self.call))
+        return elements / TRANSPOSED_PER_CYCLE if self.stays_dense else 0.0
+
+    def measured_by(self, times: KernelTimes) -> _Image:
+        """With what records have of it."""
+        seen = self.seen
+        density = 1.0 if seen is None else seen.density
+        layer = image_layer(self.call, self.weight, density, "" if seen is None else seen.form)
+        if not self.stays_dense:
+            return replace(self, measured=times.of(layer, self.times))
+        found = times.of(layer, self.times, ("dense",))
+        return self if found is None else replace(self, measured=Times(found.dense, found.dense + self.moved))
+
+
+def _weighed(images: list[_Image]) -> tuple[Times, float]:
+    """What all images take either way, and how much better NCHW must be.
+
+    Those that were not measured count as estimated, corrected by what the estimates of the measured ones are off.
+    """
+    known = [(image.times, image.measured) for image in images if image.measured is not None]
+
+    def total(side: Side) -> float:
+        found = sum(measured.of(side) for _, measured in known)
+        estimated = sum(estimate.of(side) for estimate, _ in known)
+        factor = found / estimated if estimated else 1.0
+        return found + factor * sum(image.times.of(side) for image in images if image.measured is None)
+
+    times = Times(total("dense"), total("sparse"))
+    return times, MEASURED_GAIN if len(known) == len(images) else GAIN
 
 
 def _images(flow: Dataflow, target: Target, weights: Weights) -> Iterator[_Image]:
@@ -139,11 +178,10 @@ def _images(flow: Dataflow, target: Target, weights: Weights) -> Iterator[_Image
         assert weight is not None, "_image_times() has seen that it is constant"
         seen = weights.look(weight)
         depthwise = _is_depthwise(value, weight)
-        if seen is not None and seen.dense and not depthwise:
-            # It would stay as it is, between two transposes.
-            moved = (math.prod(shape_of(value.args[0])) + math.prod(shape_of(value))) / TRANSPOSED_PER_CYCLE
-            times = Times(times.dense, times.dense + moved)
-        yield _Image(weight, seen, depthwise, times)
+        image = _Image(value, weight, seen, depthwise, times)
+        if image.stays_dense:
+            image = replace(image, times=Times(times.dense, times.dense + image.moved))
+        yield image
 
 
 def _image_entries(images: list[_Image], front: bool, total: Times, target: Target) -> list[SparseWeight]:
@@ -159,6 +197,8 @@ def _image_entries(images: list[_Image], front: bool, total: Times, target: Targ
         else:
             verb = "beats" if total.dense <= total.sparse else "is hardly slower than"
             reason = f"the network's images are NHWC: {nhwc} {verb} {nchw}"
+        if known := sum(image.measured is not None for image in images):
+            reason += ", as measured" if known == len(images) else f", {known} of {len(images)} layers as measured"
     entries = []
     for image in images:
         if image.seen is None:
@@ -174,6 +214,7 @@ def _image_entries(images: list[_Image], front: bool, total: Times, target: Targ
                 reason=obstacle or reason,
                 dense=image.times.dense,
                 sparse=None if obstacle else image.times.sparse,
+                measured=image.measured,
             )
         )
     return entries
@@ -218,7 +259,7 @@ Rule = Callable[[relax.Call, relax.BlockBuilder], relax.Expr]
 
 
 def _weigh_linear(
-    flow: Dataflow, value: relax.Expr, target: Target, weights: Weights
+    flow: Dataflow, value: relax.Expr, target: Target, weights: Weights, times: KernelTimes
 ) -> tuple[Rule | None, SparseWeight] | None:
     """How a product with a constant matrix is rewritten, and its entry; None where there is nothing to say."""
     if op_of(value) != "relax.matmul":
@@ -246,21 +287,27 @@ def _weigh_linear(
         return (None, entry(obstacle)) if seen.name else None
     matrix = weight.T if first else weight
     tokens = shape[-1] if first else math.prod(shape[:-1])
-    times = linear_times(matrix, tokens, target)
+    estimate = linear_times(matrix, tokens, target)
     if seen.dense:
-        return (_swapped(weight) if first else None), entry('annotated "dense"', dense=times.dense)
-    dense, sparse = times.dense, times.sparse
+        return (_swapped(weight) if first else None), entry('annotated "dense"', dense=estimate.dense)
     if first:
         moved = _moved(matrix.shape[0], matrix.shape[1], tokens)
         reason = "the weight is the first factor: no other kernel takes it"
-        return None, entry(reason, eligible=True, picked=True, dense=dense + moved, sparse=sparse - moved)
-    picked = sparse <= GAIN * dense
+        dense, sparse = estimate.dense + moved, estimate.sparse - moved
+        return None, entry(reason, eligible=True, picked=True, dense=dense, sparse=sparse)
+    measured = times.of(Layer((tokens, matrix.shape[0]), matrix, seen.density, seen.form), estimate)
+    decisive, gain = (estimate, GAIN) if measured is None else (measured, MEASURED_GAIN)
+    dense, sparse = decisive.dense, decisive.sparse
+    picked = sparse <= gain * dense
     if picked:
-        reason = f"{dense / sparse:.1f} times as fast"
+        reason = f"{dense / sparse:.{1 if measured is None else 2}f} times as fast"
     else:
         reason = "dense is faster" if dense <= sparse else f"dense is hardly slower: {dense / sparse:.2f} times"
-    weighed = entry(reason, eligible=True, picked=picked, dense=dense, sparse=sparse)
-    return (_turned(weight) if picked else None), weighed
+    reason += "" if measured is None else ", as measured"
+    weighed = entry(
+        reason, eligible=True, picked=picked, dense=estimate.dense, sparse=estimate.sparse, measured=measured
+    )
+    return (turned(weight) if picked else None), weighed
 
 
 def _moved(inputs: int, outputs: int, tokens: int) -> float:
@@ -304,7 +351,7 @@ def _image_times(flow: Dataflow, value: relax.Expr, target: Target) -> Times | N
     return Times(dense, plan_of(matrix, window, target).cycles)
 
 
-def _turned(weight: Array) -> Rule:
+def turned(weight: Array) -> Rule:
     """x W with features in front."""
 
     def rule(value: relax.Call, builder: relax.BlockBuilder) -> relax.Expr:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+from tvm.ir import IRModule
 from tvm.tirx import PrimFunc
 
 from graphopt.codegen.artefact import Artefact, KernelInfo
 from graphopt.codegen.build import build_llvm, object_code
 from graphopt.codegen.entry import write_entry
 from graphopt.codegen.fallback import functions, legalise
+from graphopt.codegen.kernel_times import KernelTimes
 from graphopt.codegen.kernels.elementwise import hoist_scratch, schedule
 from graphopt.codegen.prepare import prepare
 from graphopt.codegen.select import Selection, select
 from graphopt.codegen.steps import read_steps
 from graphopt.program import Program
-from graphopt.spec import identifier
+from graphopt.spec import TensorSpec, identifier
 from graphopt.targets.target import Target
 
 Dump = Callable[[str, str], None]  # name of a phase, as "relax.py", and its text
 Progress = Callable[[str], None]  # what is done now
+
+
+class Outside(Protocol):
+    """What C code and loaders see of a program. A Program is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
 
 
 def _silent(*_: str) -> None:
@@ -28,13 +42,19 @@ def _silent(*_: str) -> None:
 
 
 def compile_program(
-    program: Program, target: Target, *, dump: Dump = _silent, progress: Progress = _silent
+    program: Program,
+    target: Target,
+    *,
+    times: KernelTimes | None = None,
+    dump: Dump = _silent,
+    progress: Progress = _silent,
 ) -> Artefact:
     """Lower a program; nothing is written but temporary files.
 
     Args:
         program: static shapes.
         target: any.
+        times: measurements that the choice between dense and sparse kernels goes by; estimates where it has none.
         dump: called after every phase with the program as text.
         progress: called before every phase.
 
@@ -47,8 +67,16 @@ def compile_program(
 
         return compile_for_gpu(program, target, dump=dump, progress=progress)
     progress("importing")
-    module, sparse_weights = prepare(program, target)
+    module, sparse_weights = prepare(program, target, times)
     dump("relax.py", module.script())
+    artefact = compile_module(program, module, target, dump=dump, progress=progress)
+    return replace(artefact, sparse_weights=sparse_weights)
+
+
+def compile_module(
+    outside: Outside, module: IRModule, target: Target, *, dump: Dump = _silent, progress: Progress = _silent
+) -> Artefact:
+    """As `compile_program`, from what `prepare` makes. `outside` is what it looks like from the outside."""
     progress("choosing kernels")
     selection = select(module, target)
     dump("selected.py", selection.module.script())
@@ -56,25 +84,24 @@ def compile_program(
     module = legalise(selection.module)
     dump("lowered.py", module.script())
 
-    kernels = _name_kernels(program.name, selection, functions(module), target)
+    kernels = _name_kernels(outside.name, selection, functions(module), target)
     constants = {name: chosen.call.constants for name, chosen in selection.calls.items()}
     steps = read_steps(module["main"], constants, kernels.scratch)
     progress(f"compiling {len(kernels.functions)} kernels")
     library = build_llvm(kernels.functions, target)
     dump("kernels.s", library.inspect_source("asm"))
-    entry = write_entry(program.name, steps, kernels.symbols, program.inputs, program.outputs)
-    dump(f"{program.name}.c", entry.source)
+    entry = write_entry(outside.name, steps, kernels.symbols, outside.inputs, outside.outputs)
+    dump(f"{outside.name}.c", entry.source)
     return Artefact(
-        name=program.name,
-        sources={f"{program.name}.c": entry.source, f"{program.name}.h": entry.header},
+        name=outside.name,
+        sources={f"{outside.name}.c": entry.source, f"{outside.name}.h": entry.header},
         objects={"kernels.o": object_code(library)},
         weights=entry.weights,
-        inputs=program.inputs,
-        outputs=program.outputs,
+        inputs=outside.inputs,
+        outputs=outside.outputs,
         workspace_bytes=entry.workspace_bytes,
         kernels=tuple(_describe(step.kernel, kernels, selection) for step in steps.steps),
         declined=selection.declined,
-        sparse_weights=sparse_weights,
     )
 
 

@@ -8,6 +8,7 @@ from tvm.ir import IRModule
 from graphopt.codegen.bounds import guard_indices
 from graphopt.codegen.dataflow import Dataflow, dtype_of, is_tensor, op_of
 from graphopt.codegen.importer import to_relax
+from graphopt.codegen.kernel_times import KernelTimes
 from graphopt.codegen.layout import lay_out, untouched
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.simplify_views import simplify_views
@@ -16,11 +17,13 @@ from graphopt.program import Program
 from graphopt.targets.target import Target
 
 
-def prepare(program: Program, target: Target) -> tuple[IRModule, tuple[SparseWeight, ...]]:
+def prepare(
+    program: Program, target: Target, times: KernelTimes | None = None
+) -> tuple[IRModule, tuple[SparseWeight, ...]]:
     """Import the program and bring it into the form that the templates match. Says what zeros in weights led to.
 
     Static shapes; weights are constants; on processors convolutions are NHWC with OHWI weights, or NCHW where zeros in
-    them pay.
+    them pay. By estimates, or as measured where `times` has records.
 
     Raises:
         UnsupportedOp: an operator that cannot be expressed.
@@ -32,8 +35,13 @@ def prepare(program: Program, target: Target) -> tuple[IRModule, tuple[SparseWei
     if target.kind == "cuda":
         sparse = untouched(module, target, weights, "there are no sparse kernels for CUDA yet")
     else:
-        module, sparse = lay_out(module, target, weights)
-    return fold_constants(simplify_views(module)), sparse
+        module, sparse = lay_out(module, target, weights, times or KernelTimes(target))
+    return tidied(module), sparse
+
+
+def tidied(module: IRModule) -> IRModule:
+    """What is laid out, without views that have no need to be, and with constants as kernels want them."""
+    return fold_constants(simplify_views(module))
 
 
 def fold_constants(module: IRModule) -> IRModule:

@@ -9,6 +9,7 @@ import torch
 
 from graphopt.annotate import by_fingerprint
 from graphopt.codegen.dataflow import Array
+from graphopt.codegen.kernel_times import Times
 from graphopt.exported import STORED, stored
 from graphopt.program import Program
 from graphopt.sparsity import Annotation, fingerprint
@@ -19,7 +20,8 @@ from graphopt.weights import WORTH_MENTIONING
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """One layer, for reports. Estimates are of one thread; None where there is no such kernel, or none was made."""
+    """One layer, for reports. Times are of one thread; None where there is no such kernel, or none was estimated or
+    measured."""
 
     weight: str  # by its name in the user's model
     operator: str  # "linear", "conv2d"
@@ -32,6 +34,8 @@ class SparseWeight:
     sparse_cycles: int | None = None
     dense_us: float | None = None
     sparse_us: float | None = None
+    dense_measured_us: float | None = None
+    sparse_measured_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Seen:
         """Whether the user wants it taken as dense."""
         return self.annotation is not None and self.annotation.format is None
 
+    @property
+    def form(self) -> str:
+        """What the annotation says of its zeros; empty where there is none."""
+        return self.annotation.word if self.annotation is not None else ""
+
     def entry(
         self,
         constant: Array,
@@ -58,13 +67,16 @@ class Seen:
         picked: bool = False,
         dense: float | None = None,
         sparse: float | None = None,
+        measured: Times | None = None,
     ) -> SparseWeight:
-        """For reports; `dense` and `sparse` are estimates in cycles."""
+        """For reports; `dense` and `sparse` are estimates in cycles. Of a layer without a sparse kernel only the dense
+        one's measurement is told.
+        """
         unnamed = f"a {'x'.join(map(str, constant.shape))} constant"
         return SparseWeight(
             weight=self.name or unnamed,
             operator=operator,
-            format=self.annotation.word if self.annotation is not None else None,
+            format=self.form or None,
             density=self.density,
             eligible=eligible,
             picked=picked,
@@ -73,6 +85,8 @@ class Seen:
             sparse_cycles=None if sparse is None else round(sparse),
             dense_us=None if dense is None else microseconds(dense, target),
             sparse_us=None if sparse is None else microseconds(sparse, target),
+            dense_measured_us=None if measured is None else microseconds(measured.dense, target),
+            sparse_measured_us=None if measured is None or sparse is None else microseconds(measured.sparse, target),
         )
 
 

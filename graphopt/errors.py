@@ -384,6 +384,14 @@ class BadOption(GraphoptError):
     hint = "{way_out}"
 
 
+class BadRecords(GraphoptError):
+    """A file of measured times cannot be read, or they are those of another target or machine."""
+
+    code = "bad-records"
+    message = "{file}: {reason}"
+    hint = "{way_out}"
+
+
 class UnknownRival(GraphoptError):
     """`bench --against` names an engine that there is no adapter for."""
 

@@ -36,6 +36,8 @@ class Options:
     verify: bool = True
     canonicalise: bool = True
     dump_dir: str | os.PathLike[str] | None = None
+    tune: float | None = None  # seconds that timing kernels may take; None: nothing is timed
+    records: str | os.PathLike[str] | None = None  # where times are read from and written to
     reduction: Any = None  # a Recipe or passes that are ready, as graphopt.optimize.plan gives them
 
     @property

@@ -1,4 +1,4 @@
-"""The whole way, in one list: capture, canonicalise, lower, link, verify, bundle."""
+"""The whole way, in one list: capture, canonicalise, tune, lower, link, verify, bundle."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from graphopt.manifest import NOT_VERIFIED, Manifest, Verification, versions
 from graphopt.options import Options, check_output
 from graphopt.program import Program
 from graphopt.staging import reason_of
+from graphopt.tuning import records_of, tuned
 from graphopt.verify import Run, Sample, counted, round_up, samples_of, verify
 
 if TYPE_CHECKING:
     from graphopt.codegen.artefact import Artefact
+    from graphopt.codegen.kernel_times import KernelTimes
+    from graphopt.cost import LatencyTable
     from graphopt.optimize import Outcome
     from graphopt.record import Record
     from graphopt.targets.target import Target
@@ -77,6 +80,8 @@ def compile(
     input_shapes: Mapping[str, Any] | None = None,
     model_factory: str | None = None,
     unsafe_load: bool = False,
+    tune: float | None = None,
+    records: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Compile a model ahead of time, check the result against PyTorch, and write it.
@@ -97,6 +102,9 @@ def compile(
             manifest's records say what was cut.
         name: the prefix of C symbols and file names; by default the program's.
         input_shapes, model_factory, unsafe_load: as `capture` takes them.
+        tune: seconds for timing the dense and the sparse kernel of layers whose weights have zeros; choices between
+            them then go by that instead of estimates. The target must run here.
+        records: a file of such times. It is read, and with `tune` made or added to; equal records give equal bundles.
         progress: hears what is done now.
 
     Returns:
@@ -104,6 +112,7 @@ def compile(
 
     Raises:
         VerificationFailed: it does not compute what PyTorch computes; nothing is written.
+        BadRecords: `records` are none, or those of another target or machine.
         UnknownTarget, UnsupportedOp, ToolMissing, BadOption: it cannot be compiled so.
         OutputInTheWay, CannotWrite: it cannot be written there; nothing is left half-written.
         GraphoptError: any of those that `capture` raises.
@@ -122,6 +131,8 @@ def compile(
         verify=verify,
         canonicalise=canonicalise,
         dump_dir=dump_dir,
+        tune=tune,
+        records=records,
         reduction=reduction(passes, recipe, budget or {}),
     )
     return build(source, options, progress=progress).bundle
@@ -131,16 +142,17 @@ def build(source: Any, options: Options, *, progress: Progress | None = None) ->
     """Carry out a compilation; `compile` says what is raised."""
     target = check_options(options)
     check_tools(target, run=options.verify)
+    table = records_of(options, target)
     step = progress or _silent
     if options.output is not None and options.kind == "bundle":
         with new_bundle(options.output) as stage:
-            reduced = run_phases(source, options, target, stage, step)
+            reduced = run_phases(source, options, target, table, stage, step)
         bundle = load(options.output)
         return Result(bundle, Path(options.output), tuple(sorted(bundle.path.iterdir())), reduced)
     folder = tempfile.TemporaryDirectory(prefix="graphopt-")
     try:
         stage = Path(folder.name)
-        reduced = run_phases(source, options, target, stage, step)
+        reduced = run_phases(source, options, target, table, stage, step)
         bundle = keep_while(load(stage), folder)
         if options.output is None:
             return Result(bundle, None, (), reduced)
@@ -150,8 +162,13 @@ def build(source: Any, options: Options, *, progress: Progress | None = None) ->
         raise
 
 
-def run_phases(source: Any, options: Options, target: Target, stage: Path, step: Progress) -> Outcome | None:
-    """Fill the empty folder `stage` with a bundle: the pipeline. Returns what was cut, None where nothing was to be."""
+def run_phases(
+    source: Any, options: Options, target: Target, table: LatencyTable | None, stage: Path, step: Progress
+) -> Outcome | None:
+    """Fill the empty folder `stage` with a bundle: the pipeline. Returns what was cut, None where nothing was to be.
+
+    Kernels are chosen by the times in `table`, where there is one.
+    """
     dump = Dump(options.dump_dir)
     step("capturing")
     captured = _captured(source, options)
@@ -162,8 +179,9 @@ def run_phases(source: Any, options: Options, target: Target, stage: Path, step:
     reduced = captured if outcome is None else outcome.after
     step("canonicalising")
     program = _canonicalised(reduced, options, dump, step)
+    times = None if table is None else tuned(program, options, target, table, step)
     step(f"lowering for {target}")
-    artefact = _lowered(program, target, dump, step)
+    artefact = _lowered(program, target, times, dump, step)
     step("linking")
     _linked(artefact, target, dump, stage)
     manifest = describe(program, artefact, target)
@@ -206,6 +224,7 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
     from graphopt.passes import CANONICALISE
 
     target = check_options(options)
+    records_of(options, target)  # refuses what it has to
     (progress or _silent)("capturing")
     program = _captured(source, options)
     samples = samples_of(program, _calibration(program, options))
@@ -216,6 +235,7 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
         f"{len(cost.rows)} operators, {cost.total.flops:,} FLOPs, {cost.total.params:,} parameters",
         *([f"reduce: {_passes_text(options.reduction)}"] if options.reduction is not None else []),
         f"canonicalise: {', '.join(CANONICALISE)}" if options.canonicalise else "canonicalise: left out",
+        *_tuning_text(options),
         f"lower for {target} ({target.isa.name}, {target.isa.vector_bits} bits)",
         f"link for {target.zig}",
         f"verify: run on {counted(samples)} with {runners}, compare with PyTorch"
@@ -225,6 +245,13 @@ def plan(source: Any, options: Options, *, progress: Progress | None = None) -> 
     ]
     missing = targets.missing_for(target, run=options.verify)
     return Plan(tuple(steps), tuple(missing))
+
+
+def _tuning_text(options: Options) -> list[str]:
+    known = "" if options.records is None else f" that {options.records} does not have"
+    if options.tune is not None:
+        return [f"time the kernels of layers with zeros{known}, for up to {options.tune:g} s"]
+    return [] if options.records is None else [f"choose kernels by the times in {options.records}"]
 
 
 # The phases ----------------------------------------------------------------------------------------------------------
@@ -282,10 +309,10 @@ def _canonicalised(program: Program, options: Options, dump: Dump, step: Progres
     return program
 
 
-def _lowered(program: Program, target: Target, dump: Dump, step: Progress) -> Artefact:
+def _lowered(program: Program, target: Target, times: KernelTimes | None, dump: Dump, step: Progress) -> Artefact:
     from graphopt.codegen.lower import compile_program
 
-    return compile_program(program, target, dump=dump, progress=lambda text: step(f"lowering: {text}"))
+    return compile_program(program, target, times=times, dump=dump, progress=lambda text: step(f"lowering: {text}"))
 
 
 def _linked(artefact: Artefact, target: Target, dump: Dump, stage: Path) -> None:

@@ -65,6 +65,24 @@ def compile(
     canonicalise: Annotated[
         bool, typer.Option("--canonicalise/--no-canonicalise", help="Run the lossless passes first.")
     ] = True,
+    tune: Annotated[
+        float | None,
+        typer.Option(
+            "--tune",
+            metavar="SECONDS",
+            help="Time the dense and the sparse kernel of layers whose weights have zeros, here, for up to so long; "
+            "then pick by that instead of estimates.",
+        ),
+    ] = None,
+    records: Annotated[
+        str | None,
+        typer.Option(
+            "--records",
+            metavar="FILE",
+            help="Times that were measured before: they are used, and with --tune added to. Equal records give equal "
+            "bundles.",
+        ),
+    ] = None,
     dump_dir: Annotated[
         str | None, typer.Option("--dump-dir", metavar="DIR", help="Write the program there after every phase.")
     ] = None,
@@ -86,8 +104,8 @@ def compile(
         bool,
         typer.Option(
             "--explain",
-            help="Print for each layer whose weight has zeros what either kernel is estimated to take, and why "
-            "one was picked; for each axis what was cut, why, and what that buys.",
+            help="Print for each layer whose weight has zeros what either kernel is estimated to take (and measured, "
+            "with --tune or --records), and why one was picked; for each axis what was cut, why, and what that buys.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
@@ -112,6 +130,8 @@ def compile(
         verify=verify,
         canonicalise=canonicalise,
         dump_dir=dump_dir,
+        tune=tune,
+        records=records,
         unsafe_load=unsafe_load,
     )
     check_output(options)  # before the seconds that importing PyTorch takes

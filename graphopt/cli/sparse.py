@@ -14,21 +14,30 @@ def print_sparse(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    # Manifests from before kernels were timed have no such fields.
+    measured = any(row.get(_MEASURED.format(side)) is not None for row in rows for side in _SIDES)
+    times = ("{}_us", _MEASURED) if measured else ("{}_us",)
+    headings = [f"{side} us{', measured' if key == _MEASURED else ''}" for key in times for side in _SIDES]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("sparse weight", "layer", "format"):
         table.add_column(heading, overflow="fold")
-    for heading in ("kept", "dense us", "sparse us"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("kept", *headings):
+        table.add_column(heading, justify="right", no_wrap=len(heading) < 10)
     for heading in ("kernel", "why"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        estimates = (_us(row[f"{side}_us"]) for side in ("dense", "sparse"))
+        own = (_us(row.get(key.format(side))) for key in times for side in _SIDES)
         kernel = "sparse" if row["picked"] else "dense"
-        cells = (row["weight"], row["operator"], row["format"] or "-", f"{row['density']:.1%}", *estimates)
+        cells = (row["weight"], row["operator"], row["format"] or "-", f"{row['density']:.1%}", *own)
         table.add_row(*(escape(cell) for cell in (*cells, kernel, row["reason"])))
     console.print(table)
     picked = sum(row["picked"] for row in rows)
-    console.print(f"sparse kernels for {picked} of {len(rows)}; us: estimates for one thread", markup=False)
+    us = "us: for one thread, estimated and as measured" if measured else "us: estimates for one thread"
+    console.print(f"sparse kernels for {picked} of {len(rows)}; {us}", markup=False)
+
+
+_SIDES = ("dense", "sparse")
+_MEASURED = "{}_measured_us"
 
 
 def _us(value: float | None) -> str:

@@ -45,13 +45,13 @@ SHARES = (0.25, 0.5, 1.0)
 _LEAST_SHARE = 0.01
 _FORMAT = 1
 # How long one layer runs, in seconds.
-_RUN_SECONDS = 0.1
+RUN_SECONDS = 0.1
 
 # Seconds that one run of a program takes on the target.
 Clock = Callable[[Program], float]
 
 
-def run_seconds(program: Program, target: str, *, threads: int = 1, seconds: float = _RUN_SECONDS) -> float:
+def run_seconds(program: Program, target: str, *, threads: int = 1, seconds: float = RUN_SECONDS) -> float:
     """Compile a program, run it for `seconds` on its example inputs, and give what the fastest run takes.
 
     Whatever else the machine does can only add to a run.
@@ -68,13 +68,21 @@ def run_seconds(program: Program, target: str, *, threads: int = 1, seconds: flo
         return min(opened.time(inputs, seconds))
 
 
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
+
+
 @dataclass
 class LatencyTable:
-    """Seconds by layer, on one target with a number of threads. `records` are net of what an empty program takes."""
+    """Seconds by layer, on one target with a number of threads. `records` are net of what an empty program takes.
+
+    `machine` says where they were measured; empty where whoever measured did not say.
+    """
 
     target: str
     threads: int = 1
     records: dict[str, float] = field(default_factory=dict)
+    machine: str = ""
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -88,14 +96,18 @@ class LatencyTable:
             if found["format"] != _FORMAT:
                 raise ValueError(f"format {found['format']}")
             records = {str(name): float(seconds) for name, seconds in found["records"].items()}
-            return cls(str(found["target"]), int(found["threads"]), records)
+            if wrong := [name for name, seconds in records.items() if not 0 < seconds < math.inf]:
+                raise ValueError(f"{wrong[0]} takes {records[wrong[0]]} s")
+            return cls(str(found["target"]), int(found["threads"]), records, str(found.get("machine", "")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no table of latencies: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write it, whole or not at all; equal records give equal bytes."""
-        records = {name: float(f"{seconds:.4g}") for name, seconds in self.records.items()}
+        records = {name: _rounded(seconds) for name, seconds in self.records.items()}
         found = {"format": _FORMAT, "target": self.target, "threads": self.threads, "records": records}
+        if self.machine:
+            found["machine"] = self.machine
         part = Path(f"{path}.part")
         part.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
         os.replace(part, path)
@@ -122,7 +134,7 @@ class LatencyTable:
             ToolMissing: the target does not run here.
         """
         end, new = time.monotonic() + seconds, 0
-        timed = clock or self._net_seconds
+        timed = clock or self._seconds_of
         for layer in layers(model):
             for point in layer.grid(shares):
                 name = layer.name(point)
@@ -134,6 +146,12 @@ class LatencyTable:
                 new += 1
         return new
 
+    def note(self, name: str, taken: float) -> None:
+        """Record a run of a kernel by itself that took so many seconds; as `save` writes it, so that choices made by
+        it are the same when it was read again.
+        """
+        self.records[name] = _rounded(self._net(taken))
+
     @cached_property
     def _empty_seconds(self) -> float:
         class Empty(nn.Module):
@@ -144,8 +162,10 @@ class LatencyTable:
 
         return run_seconds(capture(Empty(), (torch.zeros(8),)), self.target, threads=self.threads)
 
-    def _net_seconds(self, program: Program) -> float:
-        taken = run_seconds(program, self.target, threads=self.threads)
+    def _seconds_of(self, program: Program) -> float:
+        return self._net(run_seconds(program, self.target, threads=self.threads))
+
+    def _net(self, taken: float) -> float:
         return max(taken - self._empty_seconds, taken * 0.02)
 
     def apply(self, model: LatencyModel, shares: Sequence[float] = SHARES) -> LatencyModel:
