@@ -47,6 +47,7 @@ PASSES: dict[str, str] = {
     "lvlm-csp": "graphopt.passes.lvlm_csp:LvlmCsp",
     "drop-segments": "graphopt.passes.drop_segments:DropSegments",
     "flexdit": "graphopt.passes.flexdit:FlexDit",
+    "semantic-tokens": "graphopt.passes.semantic_tokens:SemanticTokens",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
     "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }

@@ -19,7 +19,7 @@ from graphopt.errors import BadOption, CannotShrink, Decline
 from graphopt.inline import inline
 from graphopt.passes.base import Pass
 from graphopt.passes.tokens.attention import Attention
-from graphopt.passes.tokens.cross import attend, attention_of, logits_of, on_tokens, split_projection
+from graphopt.passes.tokens.cross import attend, attention_of, first_reader, logits_of, on_tokens, split_projection
 from graphopt.passes.tokens.sites import Block, blocks, streams
 from graphopt.place import place
 from graphopt.program import Program
@@ -147,7 +147,7 @@ def insert_module(edit: Edit, own: Sequence[Block], side: int, grid: int) -> Non
     reduced.replace_all_uses_with(pooled)  # for what crosses into the module the matrix, for the stream its sum
     attend(edit, merged, *whole_keys)
     whole = reader.all_input_nodes[at]
-    joined = _joined(edit, whole, entry, recovery.name, like=_behind(whole))
+    joined = _joined(edit, whole, entry, recovery.name, like=first_reader(whole))
     for user in [user for user in whole.users if user not in _between(whole, joined)]:
         user.replace_input_with(whole, joined)
     recovered = attention_of(edit, recovery.attention.node)
@@ -169,12 +169,6 @@ def _joined(edit: Edit, up: Node, full: Node, name: str, like: Node) -> Node:
 
     result: Node = inline(edit, joined, up, full, *weights, like=like)
     return result
-
-
-def _behind(node: Node) -> Node:
-    """The first call that reads a value."""
-    order = {each: place for place, each in enumerate(node.graph.nodes)}
-    return min(node.users, key=order.__getitem__)
 
 
 def _between(first: Node, last: Node) -> set[Node]:

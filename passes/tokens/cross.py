@@ -36,6 +36,12 @@ def attention_of(edit: Edit, node: Node) -> Attention:
     return next(each for each in attentions(edit) if each.node is node)
 
 
+def first_reader(node: Node) -> Node:
+    """The first call that reads a value."""
+    order = {each: number for number, each in enumerate(node.graph.nodes)}
+    return min(node.users, key=order.__getitem__)
+
+
 def attend(edit: Edit, attention: Attention, key: Node, value: Node) -> None:
     """Let an attention look at other keys and values, of as many tokens as there may be.
 
