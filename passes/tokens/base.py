@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -74,13 +74,14 @@ class TokenReduction(Pass):
     stream: int | None = None
     until: int | None = None
     default_keep: ClassVar[float | None] = None
+    schedules: ClassVar[tuple[str, ...]] = tuple(SCHEDULES)
 
     # The pass ---------------------------------------------------------------------------------------------------------
 
     def apply(self, edit: Edit) -> None:
         """See Pass. Raises BadOption, BudgetUnreachable, NothingToCut."""
         self.check()
-        job = _Job(self, edit)
+        job = Job(self, edit)
         if not job.places:
             reason = "; ".join(str(each.reason) for each in job.declined) or "there is no attention in a residual block"
             edit.declined += job.declined
@@ -105,8 +106,9 @@ class TokenReduction(Pass):
                 what=f"{self.name} takes one of budget, keep and counts", way_out="give --flops 0.6, keep=0.5 or counts"
             )
         check_share(self.name, "keep", self.keep)
-        if self.schedule not in SCHEDULES:
-            raise BadOption(what=f"{self.name}: schedule={self.schedule}", way_out=f"known are: {', '.join(SCHEDULES)}")
+        if self.schedule not in self.schedules:
+            known = ", ".join(self.schedules)
+            raise BadOption(what=f"{self.name}: schedule={self.schedule}", way_out=f"known are: {known}")
 
     def default_sites(self, blocks: int) -> Sequence[int]:
         """The blocks that have a place where the user names none."""
@@ -122,7 +124,7 @@ class TokenReduction(Pass):
         """The score with its options. Raises BadOption."""
         return named_in("score", self.score, scores.SCORES)
 
-    def wanted(self, edit: Edit, job: _Job) -> list[int]:
+    def wanted(self, edit: Edit, job: Job) -> list[int]:
         """How many tokens of the span stay at each place. Raises BadOption, BudgetUnreachable."""
         span, number = job.span.size, len(job.places)
         if self.counts is not None:
@@ -136,14 +138,17 @@ class TokenReduction(Pass):
                     what=f"{self.name}: counts={found} of {span} tokens", way_out="give counts that fall, from 1"
                 )
             return found
-        floors = self.made_reducer.least
-        schedule = SCHEDULES[self.schedule]
+        return self.falling(edit, job, SCHEDULES[self.schedule])
+
+    def falling(self, edit: Edit, job: Job, schedule: Schedule) -> list[int]:
+        """The counts of a schedule that end with `keep`, or are within the budget. Raises as `wanted`."""
         keep = self.default_keep if self.keep is None and self.budget is None else self.keep
         if keep is not None:
-            return schedule.ending(span, number, max(1, int(keep * span)), floors)
+            span = job.span.size
+            return schedule.ending(span, len(job.places), max(1, int(keep * span)), job.reducer.least)
         return self.solved(edit, job, schedule)
 
-    def solved(self, edit: Edit, job: _Job, schedule: Schedule) -> list[int]:
+    def solved(self, edit: Edit, job: Job, schedule: Schedule) -> list[int]:
         """The most tokens with which the program is within the budget."""
         budget = self.budget
         assert budget is not None
@@ -154,14 +159,14 @@ class TokenReduction(Pass):
         allowed = limit(edit.program, budget)
         whole = limit(edit.program, Budget(budget.kind, 1.0))
         model, span, number = job.segments(budget.kind), job.span.size, len(job.places)
-        least = self.made_reducer.least
+        least = job.reducer.least
         extra, found = 0, None
         for _ in range(6):  # what choosing and folding cost is known when they are there, and changes little
             found = schedule.within(span, number, least, partial(_fits, model, allowed - extra))
             if found is None:
                 floor = schedule.ending(span, number, 1, least)
                 raise unreachable(edit.program.name, budget, model(floor) + extra, whole)
-            trial = _Job(self, Edit(edit.program))
+            trial = job.again()
             trial.run(found)
             now = trial.total(budget.kind)
             if now <= allowed:
@@ -176,14 +181,14 @@ def _fits(model: Segments, allowed: float, wanted: Sequence[int]) -> bool:
 
 def places_of(options: TokenReduction, program: Program) -> tuple[int, Span]:
     """How many blocks the stream that a pass would reduce has, and which tokens may go. Raises NothingToCut."""
-    job = _Job(options, Edit(program))
+    job = Job(options, Edit(program))
     if not job.places:
         reason = "; ".join(str(each.reason) for each in job.declined) or "there is no attention in a residual block"
         raise NothingToCut(file=program.name, kind="flops", asked="fewer tokens", name=options.name, reason=reason)
     return job.blocks, job.span
 
 
-class _Job:
+class Job:
     """One run over a graph."""
 
     def __init__(self, options: TokenReduction, edit: Edit) -> None:
@@ -231,12 +236,17 @@ class _Job:
             until=self.until,
         )
 
+    def again(self) -> Job:
+        """The same job on a graph of its own."""
+        job = Job(self.options, Edit(self.edit.program))
+        job.reducer = self.reducer
+        return job
+
     def segments(self, kind: str) -> Segments:
         """The cost of the program by the tokens between places."""
-        edit = Edit(self.edit.program)
-        job = _Job(self.options, edit)
+        job = self.again()
         first = job.region(job.places[0], job.span)
-        return segments_of(edit, first, [site.at for site in job.places], kind)
+        return segments_of(job.edit, first, [site.at for site in job.places], kind)
 
     def total(self, kind: str) -> int:
         """FLOPs or multiply-adds of the graph as it is."""
@@ -297,6 +307,17 @@ class _Job:
         self, site: Site, here: Span, region: Region, size: Node | None, count: int, reducer: reducers.Reducer
     ) -> Kept:
         """Insert what decides which tokens stay."""
+        score = self.score
+
+        def chosen(view: View) -> Kept:
+            return reducer(view, score(view) if reducer.scored else None, count)
+
+        return self.look(site, here, region, size, chosen)
+
+    def look(
+        self, site: Site, here: Span, region: Region, size: Node | None, function: Callable[..., Any], *more: Any
+    ) -> Any:
+        """Insert what `function` makes of the view of a place, and of `more`, in front of its region."""
         first, x = region.nodes[0], site.at
         attention = site.attention
         if self.reducer.scored and self.score.look == "following":
@@ -312,11 +333,15 @@ class _Job:
                 last = isinstance(self.score, scores.LastAttention)
                 given = computed_early(self.edit, site.at, site.dim, given, first, last=last)
         turned = attention.turned if attention is not None else False
-        scale = attention.scale if attention is not None and attention.fused else 1.0
-        causal = attention.causal if attention is not None and attention.fused else False
-        score = self.score
+        fixed = {
+            "scale": attention.scale if attention is not None and attention.fused else 1.0,
+            "causal": attention.causal if attention is not None and attention.fused else False,
+            "proportional": self.options.proportional,
+            "start": here.start,
+            "stop": here.stop,
+        }
 
-        def chosen(x: Tensor, given: dict[str, Any], size: Tensor | None) -> Kept:
+        def seen(x: Tensor, given: dict[str, Any], size: Tensor | None, more: tuple[Any, ...]) -> Any:
             x = x[None] if here.dim == 0 else x if here.dim == 1 else x.movedim(here.dim, 1)
             samples = x.shape[0]
             own = {name: value for name, value in given.items() if value is not None}
@@ -325,11 +350,10 @@ class _Job:
             own = {name: value if name == "mask" else heads(value, samples) for name, value in own.items()}
             if "key" in own:
                 own |= {name: repeated(own[name], own["query"].shape[1]) for name in ("key", "value")}
-            view = View(x, size=size, scale=scale, causal=causal, start=here.start, stop=here.stop, **own)
-            return reducer(view, score(view) if reducer.scored else None, count)
+            return function(View(x, size=size, **fixed, **own), *more)
 
         try:
-            return inline(self.edit, chosen, x, given, size, like=first)
+            return inline(self.edit, seen, x, given, size, more, like=first)
         except AssertionError as problem:
             raise CannotShrink(axis=site.name, reason=str(problem)) from problem
 

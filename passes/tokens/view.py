@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils import _pytree as pytree
 
 
@@ -15,7 +16,8 @@ class View:
 
     `x` (b, n, c) is the stream. Of the attention that scores look at: `query` (all, or only the last), `key` and
     `value` (b, h, n, d), `mask` what is added to its logits or a boolean one, `map` (b, h, n, n) where it is written
-    out. `size` (b, span) counts the tokens that each stands for; None where they stand for themselves.
+    out. `size` (b, span) counts the tokens that each stands for; None where they stand for themselves. `proportional`:
+    attention counts each as often.
     """
 
     x: Tensor
@@ -27,6 +29,7 @@ class View:
     size: Tensor | None = None
     scale: float = 1.0
     causal: bool = False
+    proportional: bool = True
     start: int = 0
     stop: int = 0
 
@@ -56,6 +59,8 @@ class View:
         query = self.query[:, :, queries]
         logits = torch.matmul(query, self.key.transpose(-1, -2)) * self.scale
         n = self.key.shape[2]
+        if self.size is not None and self.proportional:
+            logits = logits + pad(self.size.log(), (self.start, n - self.stop))[:, None, None]
         if self.mask is not None:
             mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., queries, :]
             logits = torch.where(mask, logits, -torch.inf) if mask.dtype is torch.bool else logits + mask
@@ -75,8 +80,10 @@ def repeated(key: Tensor, count: int) -> Tensor:
     return key if key.shape[1] == count else key.repeat_interleave(count // key.shape[1], 1)
 
 
+_STATIC = ("scale", "causal", "proportional", "start", "stop")
+
 pytree.register_dataclass(
     View,
-    field_names=[name for name in View.__dataclass_fields__ if name not in ("scale", "causal", "start", "stop")],
-    drop_field_names=["scale", "causal", "start", "stop"],
+    field_names=[name for name in View.__dataclass_fields__ if name not in _STATIC],
+    drop_field_names=list(_STATIC),
 )

@@ -26,7 +26,7 @@ def reduced(model: VisionTransformer, x: Tensor, step: Step, proportional: bool 
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         weights = (logits + size.log()[:, None, None, :] if proportional else logits).softmax(-1)
         x = x + layer.out((weights @ v).transpose(1, 2).reshape(b, n, c))
-        x, size = step(x, logits.softmax(-1), k, size, number)
+        x, size = step(x, weights, k, size, number)
         x = x + block.mlp(block.norm2(x))
     return model.head(model.norm(x)[:, 0])
 
