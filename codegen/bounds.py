@@ -1,7 +1,8 @@
 """Indices that are known only at run time stay inside the tensor that they point into.
 
-PyTorch raises an error for an index out of range; an artefact without a runtime cannot, and TVM's kernels read whatever
-lies there. Here such an index is moved to the nearest that exists, so that bad input never reads foreign memory.
+PyTorch raises an error for an index out of range; an artefact without a runtime cannot, and TVM's kernels read and
+write whatever lies there. Here such an index is moved to the nearest that exists, so that bad input reaches no foreign
+memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from graphopt.codegen.rebuild import rebuild
 
 
 def guard_indices(module: IRModule) -> IRModule:
-    """Clamp the indices of take, gather and index operators, where they are not constants that fit."""
+    """Clamp the indices of take, gather, scatter and index operators, where they are not constants that fit.
+
+    Rows that scatter_nd writes are left to its kernels, which clamp the one index of each.
+    """
     flow = Dataflow(module["main"])
 
     def guarded(index: relax.Expr, extent: int, builder: relax.BlockBuilder) -> relax.Expr:
@@ -34,6 +38,10 @@ def guard_indices(module: IRModule) -> IRModule:
             axis = int(value.attrs.axis)
             index = guarded(value.args[1], shape_of(value.args[0])[axis], builder)
             return relax.op.gather_elements(value.args[0], index, axis)
+        if op == "relax.scatter_elements":
+            axis = int(value.attrs.axis)
+            index = guarded(value.args[1], shape_of(value.args[0])[axis], builder)
+            return relax.op.scatter_elements(value.args[0], index, value.args[2], axis, str(value.attrs.reduction))
         if op == "relax.index_tensor":
             extents = shape_of(value.args[0])
             indices = [guarded(i, n, builder) for i, n in zip(value.args[1].fields, extents, strict=False)]

@@ -1,4 +1,4 @@
-"""Reading and writing whole rows: gather, scatter and their kin where an index says the same for all behind a dimension.
+"""Reading and writing whole rows: gather, scatter and their kin where an index is the same for all behind a dimension.
 
     gather(x, d, index[..., None].expand(...))         take of rows of (lead * n, inner), one place a row
     scatter_add(x, d, index[..., None].expand(...), y) scatter_nd into rows of (lead * n, inner)
@@ -15,7 +15,7 @@ import numpy as np
 from torch import fx
 from tvm import relax
 
-from graphopt.codegen.converters.common import Converter, arguments
+from graphopt.codegen.converters.common import Converter, arguments, as_dtype
 from graphopt.codegen.dataflow import Constant, dtype_of, op_of, shape_of
 from graphopt.codegen.half import Importer
 
@@ -79,7 +79,7 @@ def _index_put(node: fx.Node, importer: Importer) -> relax.Expr:
     """Writes at places named by index tensors for the leading dimensions, which are seen as one."""
     a = arguments(node, importer)
     emit = importer.block_builder.emit
-    indices = [emit(relax.op.astype(i, "int64")) for i in a["indices"] if i is not None]
+    indices = [as_dtype(i, "int64", importer) for i in a["indices"] if i is not None]
     if a["indices"][: len(indices)].count(None):
         raise ValueError("only leading dimensions may be indexed")
     if any(dtype_of(i) == "bool" for i in a["indices"] if i is not None):
@@ -104,7 +104,7 @@ def into_rows(
     shape = shape_of(x)
     table = emit(relax.op.reshape(x, as_rows(shape, dim)))
     (count,), width = shape_of(place), as_rows(shape, dim)[1]
-    where = emit(relax.op.reshape(emit(relax.op.astype(place, "int64")), (count, 1)))
+    where = emit(relax.op.reshape(as_dtype(place, "int64", importer), (count, 1)))
     source = emit(relax.op.reshape(source, (count, width)))
     return emit(relax.op.reshape(emit(relax.op.scatter_nd(table, where, source, kind)), shape))
 
@@ -123,7 +123,7 @@ def row_index(index: relax.Expr, shape: Sequence[int], dim: int, importer: Impor
     source = importer.block_builder.lookup_binding(index) if isinstance(index, relax.Var) else index
     if isinstance(source, Constant):
         known = source.value.numpy().reshape(*there[: dim + 1], -1)
-        return relax.const(known[..., 0]) if (known == known[..., :1]).all() else None
+        return relax.const(np.ascontiguousarray(known[..., 0])) if (known == known[..., :1]).all() else None
     if op_of(source) != "relax.broadcast_to":
         return None
     narrow = source.args[0]
@@ -141,7 +141,7 @@ def places(index: relax.Expr, shape: Sequence[int], dim: int, importer: Importer
     lead = math.prod(shape[:dim])
     if lead == 1:
         return emit(relax.op.reshape(index, flat))
-    index = emit(relax.op.reshape(emit(relax.op.astype(index, "int64")), (lead, flat[0] // lead)))
+    index = emit(relax.op.reshape(as_dtype(index, "int64", importer), (lead, flat[0] // lead)))
     first = relax.const(np.arange(lead, dtype="int64")[:, None])
     place = one_place([first, index], (lead, shape[dim]), importer)
     return emit(relax.op.reshape(place, flat))
@@ -156,8 +156,9 @@ def one_place(indices: Sequence[relax.Expr], extents: Sequence[int], importer: I
     place: relax.Expr | None = None
     for index, extent in zip(indices, extents, strict=True):
         if not _known_to_fit(index, extent):
-            index = emit(relax.op.astype(from_start(index, extent, importer), "int64"))
+            index = from_start(index, extent, importer)
             if len(indices) > 1:
+                index = as_dtype(index, "int64", importer)
                 index = emit(relax.op.maximum(index, relax.const(0, "int64")))
                 index = emit(relax.op.minimum(index, relax.const(extent - 1, "int64")))
         if place is None:

@@ -22,6 +22,7 @@ TEMPLATES: dict[str, str] = {
     "softmax": "Softmax",
     "pool_planes": "PoolPlanes",
     "pool": "Pool",
+    "scatter_rows": "ScatterRows",
     "sorting": "Sorting",
     "scan": "Scan",
 }
