@@ -2,18 +2,23 @@
 
     order[o, :, i] = the stable permutation that sorts X[o, :, i]; values are gathered through it
     X      (outer, n, inner), any dtype, dense
-    sort   bottom-up merge sort of (key, index) pairs: ceil(log2 n) passes between two halves of a scratch buffer
-    top-k  a heap of the k best so far, its worst at the root: n comparisons, and O(log k) for each element that enters
-    limit  about 10 instructions an element and pass, one chain of loads; the top-k of random data reads memory once
+    few    of at most 64 elements each is compared with all others, in vectors: its rank is its place
+    sort   (key, index) pairs are dealt to 256 buckets by each byte of the key, least first, between two halves of a
+           scratch buffer; a byte that all keys share costs no pass
+    top-k  of few, a heap of the k best so far, its worst at the root: n comparisons, and O(log k) for each that enters;
+           of many, the first k of a sort
+    limit  a sort: about 6 instructions an element and byte, no branch depends on the data; a top-k of few reads memory
+           once
 
 Elements are compared through integer keys in the same order: equal keys keep the order of their indices, NaN is greater
 than everything and equal to itself, -0.0 equals 0.0, as in PyTorch. A descending order complements the keys.
-Source: Knuth, The Art of Computer Programming, volume 3, sections 5.2.3 (heaps) and 5.2.4 (merging).
+Source: Knuth, The Art of Computer Programming, volume 3, sections 5.2 (counting), 5.2.3 (heaps), 5.2.5 (digits).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,12 +28,15 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script import builder as T
 
 from graphopt.codegen.dataflow import Dataflow, dtype_of, op_of, shape_of
-from graphopt.codegen.kernels.emit import load, prim_func
+from graphopt.codegen.kernels.emit import load, prim_func, splat, spread, store
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.errors import Decline
 from graphopt.targets.target import Target
 
 Expr = Any
+FEW = 64  # elements up to which comparing all with all is faster than 4 tables of 256 counts
+HEAP_SHARE = 8  # a heap holds at most this part of a line: what enters it costs a mispredicted branch or two
+DIGIT = 256
 WIDE_KEYS = ("float64", "int64", "uint64", "uint32")  # what does not fit into an int32 in order
 
 
@@ -61,9 +69,28 @@ class Order:
         return self.k or self.n
 
     @property
+    def way(self) -> str:
+        """How it is done: "few", "heap" or "digits"."""
+        if self.n <= FEW:
+            return "few"
+        return "heap" if 0 < self.k * HEAP_SHARE <= self.n else "digits"
+
+    @property
     def slots(self) -> int:
         """(key, index) pairs of scratch."""
-        return self.k or 2 * self.n
+        return {"few": self.n, "heap": self.k, "digits": 2 * self.n}[self.way]
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a key."""
+        return 8 if self.key == "int64" else 4
+
+    @property
+    def scratch(self) -> tuple[tuple[str, int, str], ...]:
+        """Name, elements and dtype of the buffers that it works in."""
+        found = [("keys", self.slots, self.key), ("places", self.slots, "int32")]
+        found += [("counts", DIGIT * self.key_bytes, "int32")] * (self.way == "digits")
+        return tuple(found)
 
 
 class Sorting(Template):
@@ -82,15 +109,14 @@ class Sorting(Template):
             return Decline(where, f"sorting {dtype}")
         order = _order(call, shape, dtype)
         what = f"topk{order.k}" if order.k else op_of(call).removeprefix("relax.")
-        bits = 8 if order.key == "int64" else 4
         return KernelCall(
             name=f"{dtype}_{what}_{order.n}",
             key=("sorting", order, target.spec),
-            kernel=build(order),
+            kernel=build(order, target),
             output=binding.var,
             covers=(binding.var,),
             inputs=(call.args[0],),
-            scratch_bytes=(order.slots * bits, order.slots * 4),
+            scratch_bytes=tuple(size * (8 if kind == "int64" else 4) for _, size, kind in order.scratch),
         )
 
 
@@ -133,17 +159,17 @@ def key_of(value: Expr, order: Order) -> Expr:
     return tirx.bitwise_xor(key, tirx.const(-1, kind)) if order.descending else key
 
 
-def build(order: Order) -> PrimFunc:
-    """The kernel: x (outer, n, inner), then values and indices (outer, kept, inner) as wanted, keys, places."""
+def build(order: Order, target: Target) -> PrimFunc:
+    """The kernel: x (outer, n, inner), then values and indices (outer, kept, inner) as wanted, then `order.scratch`."""
     size, lines = order.outer * order.n * order.inner, order.outer * order.inner
     kept = lines * order.kept
     buffers = [("x", size, order.dtype)]
     buffers += [("values", kept, order.dtype)] * order.values
     buffers += [("indices", kept, order.indices)] * bool(order.indices)
-    buffers += [("keys", order.slots, order.key), ("places", order.slots, "int32")]
+    wanted = len(buffers) - 1
 
     def body(x: Any, *rest: Any) -> None:
-        *results, keys, places = rest
+        results, scratch = rest[:wanted], rest[wanted:]
         with T.serial(0, lines) as line, T.sblock("line"):
             row, column = line // order.inner, line % order.inner
             base = T.bind(row * (order.n * order.inner) + column)
@@ -152,52 +178,99 @@ def build(order: Order) -> PrimFunc:
             def key_at(t: Expr) -> Expr:
                 return key_of(load(x, base + t * order.inner, 1, order.compared), order)
 
-            sort = _heap if order.k else _merge
-            start = sort(order, keys, places, key_at)
+            start = _WAYS[order.way](order, *scratch, key_at, target)
             with T.serial(0, order.kept) as t:
-                place = T.bind(places[start + t])
+                place = T.bind(scratch[1][start + t])
                 at = to + t * order.inner
                 if order.values:
                     T.buffer_store(results[0], tirx.BufferLoad(x, [base + place * order.inner]), [at])
                 if order.indices:
                     T.buffer_store(results[-1], place.astype(order.indices), [at])
 
-    return prim_func(buffers, body)
+    return prim_func([*buffers, *order.scratch], body)
 
 
-def _merge(order: Order, keys: Any, places: Any, key_at: Any) -> int:
-    """Sort a line; where in the scratch it lies then."""
-    n = order.n
-    passes = (n - 1).bit_length()
+def _few(order: Order, keys: Any, places: Any, key_at: Any, target: Target) -> int:
+    """Count for each element how many come before it; where in the scratch the sorted line lies then."""
+    n, kind = order.n, order.key
     with T.serial(0, n) as t:
         T.buffer_store(keys, key_at(t), [t])
+    lanes = target.isa.lanes(64 if kind == "int64" else 32)
+
+    def ranks(first: Expr, width: int) -> None:
+        own = T.bind(load(keys, first, width, kind))
+        count = T.sblock_alloc_buffer((width,), kind, scope="global")
+        store(count, 0, splat(0, width, kind), width, kind)
+
+        def add(before: Expr) -> None:
+            one, none = (splat(number, width, kind) for number in (1, 0))
+            store(count, 0, load(count, 0, width, kind) + tirx.Select(before, one, none), width, kind)
+
+        with T.serial(0, first) as j:
+            add(spread(T.bind(keys[j]), width) <= own)
+        for j in range(width):  # among themselves: equal ones keep their order
+            other = spread(T.bind(keys[first + j]), width)
+            if width == 1:
+                continue
+            later = tirx.Ramp(tirx.const(0, kind), tirx.const(1, kind), width) > splat(j, width, kind)
+            add(tirx.Select(later, other <= own, other < own))
+        with T.serial(0, n - width - first) as t:
+            add(spread(T.bind(keys[first + width + t]), width) < own)
+        for lane in range(width):
+            T.buffer_store(places, first + lane, [count[lane].astype("int32")])
+
+    if n >= lanes:
+        with T.serial(0, n // lanes) as i:
+            ranks(i * lanes, lanes)
+    if n % lanes:
+        with T.serial(0, n % lanes) as i:
+            ranks(n // lanes * lanes + i, 1)
+    return 0
+
+
+def _digits(order: Order, keys: Any, places: Any, counts: Any, key_at: Any, target: Target) -> Expr:
+    """Sort a line byte by byte; where in the scratch it lies then."""
+    n, kind, width = order.n, order.key, order.key_bytes
+
+    def digit(key: Expr, byte: int) -> Expr:
+        """The bucket of a key: its byte, the sign of the uppermost turned round."""
+        bits = tirx.bitwise_and(tirx.shift_right(key, tirx.const(8 * byte, kind)), tirx.const(DIGIT - 1, kind))
+        bits = bits.astype("int32") + DIGIT * byte
+        return tirx.bitwise_xor(bits, tirx.const(DIGIT // 2, "int32")) if byte == width - 1 else bits
+
+    lanes = target.isa.lanes(32)
+    with T.serial(0, DIGIT * width // lanes) as i:
+        store(counts, i * lanes, splat(0, lanes, "int32"), lanes, "int32")
+    with T.serial(0, n) as t:
+        key = T.bind(key_at(t))
+        T.buffer_store(keys, key, [t])
         T.buffer_store(places, t, [t])
-    if not passes:
-        return 0
-    taken = T.sblock_alloc_buffer((1,), "int32", scope="global")
-    with T.serial(0, passes) as p:
-        width = T.bind(tirx.shift_left(tirx.const(1, "int32"), p))
-        source = T.bind((p % 2) * n)
-        to = T.bind(n - source)
-        with T.serial(0, (n + width * 2 - 1) // (width * 2)) as pair:
-            low = T.bind(pair * width * 2)
-            middle = T.bind(tirx.min(low + width, n))
-            high = T.bind(tirx.min(low + width * 2, n))
-            T.buffer_store(taken, low, [0])
-            with T.serial(0, high - low) as step:
-                i = T.bind(taken[0])
-                j = T.bind(step + low - i + middle)
-                # Both are read, so that no branch depends on the data; past its run's end a side is not chosen.
-                left, right = T.bind(source + tirx.min(i, n - 1)), T.bind(source + tirx.min(j, n - 1))
-                left_key, right_key = T.bind(keys[left]), T.bind(keys[right])
-                first = T.bind(tirx.all(i < middle, tirx.any(j >= high, left_key <= right_key)))
-                T.buffer_store(keys, tirx.Select(first, left_key, right_key), [to + low + step])
-                T.buffer_store(places, places[tirx.Select(first, left, right)], [to + low + step])
-                T.buffer_store(taken, i + first.astype("int32"), [0])
-    return passes % 2 * n
+        for byte in range(width):
+            bucket = T.bind(digit(key, byte))
+            T.buffer_store(counts, counts[bucket] + 1, [bucket])
+    state = T.sblock_alloc_buffer((2,), "int32", scope="global")  # where the line lies; the next bucket's start
+    T.buffer_store(state, tirx.const(0, "int32"), [0])
+    for byte in range(width):
+        source = T.bind(state[0])
+        with T.If(counts[digit(keys[source], byte)] < n), T.Then():
+            to = T.bind(n - source)
+            T.buffer_store(state, to, [1])
+            with T.serial(0, DIGIT) as i:
+                before = T.bind(state[1])
+                T.buffer_store(state, before + counts[i + DIGIT * byte], [1])
+                T.buffer_store(counts, before, [i + DIGIT * byte])
+            with T.serial(0, n) as t:
+                key = T.bind(keys[source + t])
+                bucket = T.bind(digit(key, byte))
+                at = T.bind(counts[bucket])
+                T.buffer_store(counts, at + 1, [bucket])
+                T.buffer_store(keys, key, [at])
+                T.buffer_store(places, places[source + t], [at])
+            T.buffer_store(state, to, [0])
+    return T.bind(state[0])
 
 
-def _heap(order: Order, keys: Any, places: Any, key_at: Any) -> int:
+def _heap(order: Order, keys: Any, places: Any, key_at: Any, target: Target) -> int:
     """Bring the k first elements of a line into order; where in the scratch they lie then."""
     k, n = order.k, order.n
     hole = T.sblock_alloc_buffer((2,), "int32", scope="global")  # where it is; the heap's size, 0: it has settled
@@ -240,6 +313,9 @@ def _heap(order: Order, keys: Any, places: Any, key_at: Any) -> int:
         T.buffer_store(places, places[0], [end])
         sift(tirx.const(0, "int32"), end, key, place)
     return 0
+
+
+_WAYS: dict[str, Callable[..., Expr]] = {"few": _few, "heap": _heap, "digits": _digits}
 
 
 def reference(x: np.ndarray, order: Order) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from graphopt.codegen.kernels.template import KernelCall
 from graphopt.errors import Decline
 from tests.codegen.kernels.harness import HOST, Library, aligned, match, relax_main
 
-LENGTHS = (1, 2, 3, 5, 8, 9, 31, 64, 100, 1000)
+LENGTHS = (1, 2, 3, 5, 8, 9, 31, 64, 65, 100, 1000)
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int8", "int32", "int64", "uint8", "uint32", "uint64", "bool")
 
 ORDERS = {
@@ -31,7 +31,8 @@ ORDERS = {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return Library({name: sorting.build(order) for name, order in ORDERS.items()}, tmp_path_factory.mktemp("sort"))
+    kernels = {name: sorting.build(order, HOST) for name, order in ORDERS.items()}
+    return Library(kernels, tmp_path_factory.mktemp("sort"))
 
 
 def data(order: Order) -> np.ndarray:
@@ -54,7 +55,7 @@ def call(library: Library, name: str, x: np.ndarray) -> list[np.ndarray]:
     shape = (order.outer, order.kept, order.inner)
     results = [aligned(np.zeros(shape, x.dtype))] * order.values
     results += [aligned(np.zeros(shape, order.indices or "int32"))] * bool(order.indices)
-    scratch = [aligned(np.zeros(order.slots, t)) for t in (order.key, "int32")]
+    scratch = [aligned(np.zeros(size, kind)) for _, size, kind in order.scratch]
     library(name, x, *results, *scratch)
     return results
 
@@ -84,15 +85,18 @@ def test_reference_is_pytorch(descending):
 
 def test_whole_operator_is_matched():
     """Each operator on a middle axis becomes one call, with its scratch."""
-    x = relax.Var("x", relax.TensorType((2, 9, 4), "float16"))
-    for build, slots in (
-        (lambda b: b.emit(relax.op.sort(x, 1)), 18),
-        (lambda b: b.emit(relax.op.argsort(x, -2, True)), 18),
-        (lambda b: b.emit(relax.op.topk(x, 3, 1)), 3),
+    x = relax.Var("x", relax.TensorType((2, 90, 4), "float16"))
+    counts = 4 * 4 * sorting.DIGIT
+    for build, scratch in (
+        (lambda b: b.emit(relax.op.sort(x, 1)), (4 * 180, 4 * 180, counts)),
+        (lambda b: b.emit(relax.op.argsort(x, -2, True)), (4 * 180, 4 * 180, counts)),
+        (lambda b: b.emit(relax.op.topk(x, 3, 1)), (12, 12)),
+        (lambda b: b.emit(relax.op.topk(x, 40, 1)), (4 * 180, 4 * 180, counts)),
+        (lambda b: b.emit(relax.op.argsort(x, 0)), (8, 8)),
     ):
         found = match(relax_main(build, [x]), sorting.Sorting(), HOST)
         assert isinstance(found, KernelCall)
-        assert found.scratch_bytes == (4 * slots, 4 * slots)
+        assert found.scratch_bytes == scratch
 
 
 def test_nothing_to_sort_is_declined():
