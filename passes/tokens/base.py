@@ -333,7 +333,7 @@ class Job:
                 last = isinstance(self.score, scores.LastAttention)
                 given = computed_early(self.edit, site.at, site.dim, given, first, last=last)
         turned = attention.turned if attention is not None else False
-        fixed = {
+        fixed: dict[str, Any] = {
             "scale": attention.scale if attention is not None and attention.fused else 1.0,
             "causal": attention.causal if attention is not None and attention.fused else False,
             "proportional": self.options.proportional,

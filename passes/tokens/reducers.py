@@ -118,7 +118,7 @@ class PruneMerge(Reducer):
     A merged token is the plain mean of what it stands for; what it counts for in attention grows by the similarity.
     Tokens that stay are sorted by score.
 
-    share: of the tokens that go, how many are dropped, where `through` does not say.
+    share: of the tokens that go, how many are dropped, everywhere or place by place, where `through` does not say.
     through: how many tokens are left when some are dropped and none merged, place by place.
 
     Source: Chen et al., DiffRate, ICCV 2023, arXiv:2305.17997.
@@ -127,14 +127,18 @@ class PruneMerge(Reducer):
     name: ClassVar[str] = "prune-merge"
     scored: ClassVar[bool] = True
     drops: ClassVar[bool] = True
-    share: float = 0.5
+    share: float | tuple[float, ...] = 0.5
     through: tuple[int, ...] = ()
+
+    def left(self, span: int, count: int) -> int:
+        """How many of `span` tokens are left when some are dropped and none merged, of a reducer for one place."""
+        share = self.share[0] if isinstance(self.share, tuple) else self.share
+        through = self.through[0] if self.through else span - round(share * (span - count))
+        return min(max(through, count), span)
 
     def __call__(self, view: View, scores: Tensor | None, count: int) -> Kept:
         assert scores is not None
-        span = view.stop - view.start
-        through = self.through[0] if self.through else span - round(self.share * (span - count))
-        through = min(max(through, count), span)
+        through = self.left(view.stop - view.start, count)
         order = scores.argsort(dim=-1, descending=True)
         index, merged = order[:, :count], order[:, count:through]
         size = rows(view.sizes, index)
@@ -146,8 +150,9 @@ class PruneMerge(Reducer):
         size = add_rows(size, slots, rows(view.sizes, merged) * best)
         return Kept(index, merged, slots, size=size)
 
-    def at(self, place: int) -> Reducer:
-        return replace(self, through=self.through[place : place + 1])
+    def at(self, place: int) -> PruneMerge:
+        share = self.share[place] if isinstance(self.share, tuple) else self.share
+        return replace(self, share=share, through=self.through[place : place + 1])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from graphopt.axes import find, results_of
@@ -27,6 +29,14 @@ class Segments:
         """The cost where so many tokens of the span stay behind each place."""
         own = zip(self._polynomials, wanted, strict=True)
         return self._rest + sum(polynomial({self._span: count}) for polynomial, count in own)
+
+    def expected(self, wanted: Sequence[Tensor]) -> Tensor:
+        """The same for numbers of tokens that are differentiated, in double precision."""
+        total = torch.tensor(float(self._rest), dtype=torch.float64)
+        for polynomial, count in zip(self._polynomials, wanted, strict=True):
+            for monomial, factor in polynomial.terms.items():  # nothing but the span varies
+                total = total + factor * count ** len(monomial)
+        return total
 
     def __str__(self) -> str:
         return " + ".join(f"({polynomial})" for polynomial in self._polynomials) + f" + {self._rest}"
