@@ -13,6 +13,8 @@ TEMPLATES: dict[str, str] = {
     "depthwise_planes": "DepthwisePlanes",
     "spmv": "SparseVector",
     "spmm": "SparseProduct",
+    "similarity": "Similarity",
+    "row_dots": "RowDots",
     "gemm": "Gemm",
     "depthwise": "DepthwiseConv2d",
     "conv2d": "Conv2d",
@@ -23,6 +25,7 @@ TEMPLATES: dict[str, str] = {
     "pool_planes": "PoolPlanes",
     "pool": "Pool",
     "scatter_rows": "ScatterRows",
+    "row_max": "RowMax",
     "sorting": "Sorting",
     "scan": "Scan",
 }

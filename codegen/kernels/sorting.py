@@ -141,22 +141,27 @@ def _order(call: relax.Call, shape: tuple[int, ...], dtype: str) -> Order:
     return Order(outer, n, inner, dtype, bool(attrs.descending), not indices, indices)
 
 
-def key_of(value: Expr, order: Order) -> Expr:
+def key_of(value: Expr, order: Order, lanes: int = 1) -> Expr:
     """An integer of dtype `order.key` for an element (`order.compared`), smaller where the element comes earlier."""
     kind = order.key
+    many = f"{kind}x{lanes}" if lanes > 1 else kind
+
+    def const(number: int) -> Expr:
+        return spread(tirx.const(number, kind), lanes)
+
     if "float" in order.dtype:
         # In integers throughout: TVM takes `x == x` for true.
-        bits = tirx.reinterpret(kind, value)
+        bits = tirx.reinterpret(many, value)
         top, infinity = (2**63 - 1, 0x7FF << 52) if kind == "int64" else (2**31 - 1, 0xFF << 23)
-        magnitude = tirx.bitwise_and(bits, tirx.const(top, kind))
+        magnitude = tirx.bitwise_and(bits, const(top))
         # Of zero, both signs become 0; of NaN, both the greatest.
-        key = tirx.Select(bits < tirx.const(0, kind), -magnitude, magnitude)
-        key = tirx.Select(magnitude > tirx.const(infinity, kind), tirx.const(top, kind), key)
+        key = tirx.Select(bits < const(0), const(0) - magnitude, magnitude)
+        key = tirx.Select(magnitude > const(infinity), const(top), key)
     elif order.dtype == "uint64":
-        key = tirx.bitwise_xor(tirx.reinterpret(kind, value), tirx.const(-(2**63), kind))
+        key = tirx.bitwise_xor(tirx.reinterpret(many, value), const(-(2**63)))
     else:
-        key = value if order.dtype == kind else value.astype(kind)
-    return tirx.bitwise_xor(key, tirx.const(-1, kind)) if order.descending else key
+        key = value if order.dtype == kind else value.astype(many)
+    return tirx.bitwise_xor(key, const(-1)) if order.descending else key
 
 
 def build(order: Order, target: Target) -> PrimFunc:
