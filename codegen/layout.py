@@ -56,8 +56,8 @@ def lay_out(
         images = [image.measured_by(times) for image in images]
     total, gain = _weighed(images)
     total = Times(total.dense, total.sparse + _strangers_moved(flow))
-    front = zeros and total.sparse <= gain * total.dense
-    entries = _image_entries(images, front, total, target)
+    front = zeros and not times.only_dense and total.sparse <= gain * total.dense
+    entries = _image_entries(images, front, total, target, times.only_dense)
     entries += _others(flow, ("relax.nn.conv1d", "relax.nn.conv3d"), target, weights)
     module = _some_channels_last(module, weights) if front else channels_last(module)
     flow = Dataflow(module["main"])
@@ -184,7 +184,9 @@ def _images(flow: Dataflow, target: Target, weights: Weights) -> Iterator[_Image
         yield image
 
 
-def _image_entries(images: list[_Image], front: bool, total: Times, target: Target) -> list[SparseWeight]:
+def _image_entries(
+    images: list[_Image], front: bool, total: Times, target: Target, only_dense: str
+) -> list[SparseWeight]:
     """Images are laid out one way for the network as a whole, so every entry says what that took."""
     if math.isinf(total.sparse):
         first = next(image for image in images if image.times.obstacle)
@@ -211,7 +213,7 @@ def _image_entries(images: list[_Image], front: bool, total: Times, target: Targ
                 target,
                 eligible=not obstacle,
                 picked=front and not obstacle,
-                reason=obstacle or reason,
+                reason=obstacle or only_dense or reason,
                 dense=image.times.dense,
                 sparse=None if obstacle else image.times.sparse,
                 measured=image.measured,
@@ -298,12 +300,14 @@ def _weigh_linear(
     measured = times.of(Layer((tokens, matrix.shape[0]), matrix, seen.density, seen.form), estimate)
     decisive, gain = (estimate, GAIN) if measured is None else (measured, MEASURED_GAIN)
     dense, sparse = decisive.dense, decisive.sparse
-    picked = sparse <= gain * dense
-    if picked:
+    picked = not times.only_dense and sparse <= gain * dense
+    if times.only_dense:
+        reason = times.only_dense
+    elif picked:
         reason = f"{dense / sparse:.{1 if measured is None else 2}f} times as fast"
     else:
         reason = "dense is faster" if dense <= sparse else f"dense is hardly slower: {dense / sparse:.2f} times"
-    reason += "" if measured is None else ", as measured"
+    reason += "" if measured is None or times.only_dense else ", as measured"
     weighed = entry(
         reason, eligible=True, picked=picked, dense=estimate.dense, sparse=estimate.sparse, measured=measured
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm import ir, relax
 from tvm.ir import IRModule
 
@@ -35,8 +37,17 @@ def prepare(
     if target.kind == "cuda":
         sparse = untouched(module, target, weights, "there are no sparse kernels for CUDA yet")
     else:
-        module, sparse = lay_out(module, target, weights, times or KernelTimes(target))
+        times = times or KernelTimes(target)
+        laid, sparse = lay_out(module, target, weights, times)
+        if (dense := times.against(program, picked(sparse))) is not None:
+            laid, sparse = lay_out(module, target, weights, dense)
+        module = laid
     return tidied(module), sparse
+
+
+def picked(entries: Sequence[SparseWeight]) -> list[str]:
+    """The weights that get a sparse kernel."""
+    return [entry.weight for entry in entries if entry.picked]
 
 
 def tidied(module: IRModule) -> IRModule:

@@ -92,7 +92,7 @@ def tuned(
         done = tune(program, target, table, seconds=options.tune, progress=lambda text: step(f"timing {text}"))
         if done.missing:
             log.warning(
-                "--tune %g was over when %d of %d kernels had times; the choices for the others go by estimates",
+                "--tune %g was over when %d of %d times were measured; what the others would say goes by estimates",
                 options.tune, done.wanted - done.missing, done.wanted,
             )  # fmt: skip
         if options.records is not None:

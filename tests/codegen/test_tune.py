@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.codegen.kernel_times import SIDES, KernelTimes, Layer, Side, Times
+from graphopt.codegen.kernel_times import SIDES, KernelTimes, Layer, Side, Times, program_names
 from graphopt.codegen.layout import MEASURED_GAIN
 from graphopt.codegen.prepare import prepare
 from graphopt.codegen.select import select
 from graphopt.codegen.sparse_weights import SparseWeight
-from graphopt.codegen.tune import alone, seconds_of, tune
+from graphopt.codegen.tune import alone, built, run, tune
 from graphopt.cost import LatencyTable
 from graphopt.program import Program
 from graphopt.targets import resolve
@@ -29,8 +30,13 @@ CPU, WASM = resolve("cpu"), resolve("wasm")
 def table_of(program: Program, **seconds: float) -> LatencyTable:
     """Records of all kernels that the program's choices depend on: `dense` and `sparse` seconds, the same for all."""
     table = LatencyTable("wasm", machine="made up")
-    tune(program, WASM, _unnetted(table), seconds=1e6, clock=lambda _, side: seconds[side])
+    tune(program, WASM, _unnetted(table), seconds=1e6, clock=lambda name, _: seconds[side_of(name)])
     return table
+
+
+def side_of(name: str) -> str:
+    """The side of a record: of a layer's kernel, or of a program."""
+    return "dense" if name.endswith(" dense") else "sparse"
 
 
 def _unnetted(table: LatencyTable) -> LatencyTable:
@@ -70,6 +76,33 @@ def test_records_decide_about_images() -> None:
         assert {entry.reason for entry in found.values()} == {f"the network's images are {layout}, as measured"}
 
 
+def test_the_program_as_a_whole_has_the_last_word() -> None:
+    """Where it is slower with the sparse kernels that its layers would have, it gets dense ones, and says so."""
+    for program in (mlp(0.1), convnet(0.05)):
+        table = table_of(program, dense=1e-5, sparse=0.5e-5)
+        assert all(entry.picked for entry in entries(program, table).values())
+        for name in table.records:
+            if name.startswith("program ") and side_of(name) == "sparse":
+                table.records[name] = 2e-5
+        found = entries(program, table)
+        assert found
+        assert not any(entry.picked for entry in found.values())
+        reason = "the program as a whole is slower with sparse kernels: 20 us to 10 us, as measured"
+        assert {entry.reason for entry in found.values()} == {reason}
+        dense = prepare(program, WASM, KernelTimes(WASM, table.records))[0]
+        assert "spmm" not in {chosen.template for chosen in select(dense, WASM).calls.values()}
+
+
+def test_records_of_another_program_do_not_count() -> None:
+    """Other weights, or other layers picked, are another program."""
+    first, second = mlp(0.1), mlp(0.2)
+    assert program_names(first, ["a.weight"]) == program_names(mlp(0.1), ["a.weight"])
+    assert not set(program_names(first, ["a.weight"])) & set(program_names(second, ["a.weight"]))
+    sparse, dense = zip(*(program_names(first, names) for names in (["a.weight"], ["b.weight"])), strict=True)
+    assert len(set(sparse)) == 2
+    assert len(set(dense)) == 1
+
+
 def test_layers_without_records_count_as_the_others_are_off() -> None:
     """Estimates of what was not measured are scaled by what the measured ones differ from theirs."""
     program = convnet(0.05)
@@ -96,16 +129,18 @@ def test_each_kernel_is_timed_once() -> None:
     program = program_of(lambda net, x: net.c(net.b(net.a(x).relu()).relu()), torch.randn(32, 64), **layers)
     table, timed = _unnetted(LatencyTable("wasm")), list[str]()
 
-    def clock(layer: Layer, side: Side) -> float:
-        timed.append(layer.name(side))
-        return 1e-5
+    def clock(name: str, _: object) -> float:
+        timed.append(name)
+        return 1e-5 if side_of(name) == "dense" else 0.5e-5
 
     done = tune(program, WASM, table, seconds=1e6, clock=clock)
-    assert (done.wanted, done.new, done.missing) == (3, 3, 0)
-    assert len(timed) == len(set(timed)) == 3
-    assert sum(name.endswith(" dense") for name in timed) == 1
+    assert (done.wanted, done.new, done.missing) == (5, 5, 0)
+    assert len(timed) == len(set(timed)) == 5
+    assert [name.partition("(")[0] for name in timed[:3]] == ["linear"] * 3
+    assert sum(name.endswith(" dense") for name in timed[:3]) == 1
+    assert all(name.startswith("program ") for name in timed[3:])
     assert tune(program, WASM, table, seconds=1e6, clock=clock).new == 0
-    assert len(timed) == 3
+    assert len(timed) == 5
 
 
 def test_the_budget_of_time_holds() -> None:
@@ -113,8 +148,8 @@ def test_the_budget_of_time_holds() -> None:
     program = convnet(0.05)
     table, timed = _unnetted(LatencyTable("wasm")), list[str]()
 
-    def clock(layer: Layer, side: Side) -> float:
-        timed.append(layer.name(side))
+    def clock(name: str, _: object) -> float:
+        timed.append(name)
         time.sleep(0.4)
         return 1e-5
 
@@ -163,7 +198,7 @@ def test_kernels_are_timed_where_they_run(target: graphopt.targets.Target) -> No
     weight = np.zeros((512, 512), np.float32)
     weight[:, :16] = 1.0
     layer = Layer((64, 512), weight, 16 / 512, "8x1")
-    dense, sparse = (seconds_of(layer, side, target, seconds=0.05) for side in SIDES)
+    dense, sparse = (run("", partial(built, layer, side), target=target) for side in SIDES)
     assert 0 < sparse < dense
 
 
