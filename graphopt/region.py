@@ -166,6 +166,7 @@ class _Suffix(Inference):
         self.dims[at] = [
             self.tokens if n == where.dim else Axis(extent) for n, extent in enumerate(at.meta["val"].shape)
         ]
+        self.backwards: dict[Node, bool | None] = {}
         self.constants = {
             node: tensor
             for each in inside
@@ -186,6 +187,32 @@ class _Suffix(Inference):
             if root.pinned is not None or root.kind is not None:
                 apart = "it makes a grid of the tokens" if root.kind == "product" else "it takes some tokens apart"
                 return node, root.pinned or apart
+            if (disorder := self._disorder(node)) is not None:
+                return node, disorder
+        return None
+
+    def _disorder(self, node: Node) -> str | None:
+        """Why a call needs tokens at their places though the order of those that stay is kept; None where it does not.
+
+        Remembers which results have the tokens backwards (None: some of them): nothing may meet these that has not.
+        """
+        sources = [each for each in node.all_input_nodes if self.dims.get(each) and self.carries(each)]
+        if not sources or not self.dims.get(node):
+            return None
+        name = base_name(node)
+        own = {self.backwards.get(each, False) for each in sources}
+        if len(own) > 1 and None not in own and name not in ("cat", "concat", "concatenate", "stack"):
+            return "tokens meet tokens in reverse order"
+        state = own.pop() if len(own) == 1 else None
+        if name in ("roll", "rot90", "flip"):
+            dims = results_of(self.dims[sources[0]])[0]
+            places: Any = node.args[1 if name == "flip" else 2] if len(node.args) > (name != "flip") + 1 else []
+            places = places or range(len(dims))
+            moved = any(find(self.span) in atoms(dims[each]) for each in places)
+            if moved and name != "flip":
+                return "it moves tokens to other places"
+            state = not state if moved and state is not None else state
+        self.backwards[node] = state
         return None
 
     def carries(self, node: Node) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.cut import Kept, cut, fold, unfold
 from graphopt.edit import Edit
-from graphopt.inline import inline
 from graphopt.passes import PREPARE
 from graphopt.passes.base import run_passes
 from graphopt.program import Program
@@ -184,16 +181,37 @@ def test_tokens_come_back_in_front_of_what_needs_them_all() -> None:
     torch.testing.assert_close(small.run({"x": x})["output"], wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_inline_writes_what_a_function_does() -> None:
-    """Structure of results, constants made from numbers, and several samples."""
-    net, x = Grid().eval(), torch.randn(2, N, C)
-    edit = Edit(graphopt.capture(net, (x,)))
-    node = next(each for each in edit.graph.nodes if each.name == "add")
+class Scans(nn.Module):
+    """A sum from the left and one from the right, with positions, around which tokens skip."""
 
-    def function(t: Tensor, k: int) -> dict[str, Any]:
-        return {"few": t[:, torch.tensor([3, 1])], "k": (t.sum(-1).topk(k).values, 7)}
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(C, C), nn.Linear(C, C)
+        self.table = nn.Parameter(torch.randn(1, N, C))
 
-    found = inline(edit, function, node, 2, like=edit.graph.output_node())
-    assert found["few"].meta["val"].shape == (2, 2, C)
-    assert found["k"][0].meta["val"].shape == (2, 2)
-    assert found["k"][1] == 7
+    def behind(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.one(x).cumsum(1) + self.two(x + table).flip(1).cumsum(1).flip(1) + x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind((x - 1).relu(), self.table)[:, -1]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_scans_run_over_the_tokens_that_stay_in_both_directions(batch: int) -> None:
+    """What is turned round and back has fewer tokens in their order; positions are those of each sample's tokens."""
+    net, x = Scans().eval(), torch.randn(batch, N, C)
+    edit = Edit(program := run_passes(graphopt.capture(net, (x,)), PREPARE))
+    at = next(node for node in edit.graph.nodes if node.name == "relu")
+    region = region_of(edit, at, Span(1, 0, N - 1), ordered=True)
+    assert not region.blocked
+    keep = torch.stack([torch.randperm(N - 1)[:5].sort().values for _ in range(batch)])
+    cut(edit, region, Kept(edit.add_tensor("index", keep, parameter=False)))
+    small = program.replace(exported=edit.finish())
+    rows = torch.cat([keep, torch.full((batch, 1), N - 1)], 1)
+    few, table = (
+        torch.stack([own[i] for own, i in zip(each.expand(batch, -1, -1), rows, strict=True)])
+        for each in ((x - 1).relu(), net.table)
+    )
+    with torch.no_grad():
+        wanted = net.behind(few, table)[:, -1]
+    torch.testing.assert_close(small.run({"x": x})["output"], wanted, atol=1e-5, rtol=1e-5)
