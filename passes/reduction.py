@@ -27,6 +27,7 @@ from graphopt.passes.checks import check_included, matches, not_excluded
 from graphopt.passes.criteria.base import Criterion
 from graphopt.passes.query_groups import outer_of, rows_of
 from graphopt.passes.rounding import Rounding, nearest_to_budget, rounding
+from graphopt.passes.whole_blocks import in_blocks, whole_blocks
 from graphopt.shrink import shrink_in
 
 if TYPE_CHECKING:
@@ -157,6 +158,10 @@ class Reduction(Pass):
             if self.budget is None:
                 return Plan({}, {}, declined, notes)
         given = self.score(axes, wanted, declined) if wanted else {}
+        for axis, block in whole_blocks(axes, given).items():
+            given[axis] = in_blocks(given[axis], block.size)
+            reason = f"only whole blocks of {block.size} go, because zeros of {block.weight} are {block.form}"
+            declined.append(Decline(f"{axis.label} ({axes.where(axis)})", reason))
         scores = {axis: by_rank(own) for axis, own in given.items()}
         sizes = self.allocate(axes, scores, declined, notes)
         keep = {}
@@ -286,7 +291,8 @@ class Reduction(Pass):
         own = self if self.step == "auto" else replace(self, step="auto")
         extents = {axis: axis.extent for axis in wanted}
         asked = None if self.step == "auto" else int(self.step)
-        return rounding(axes, extents, {axis: own.step_of(axes, axis) for axis in extents}, asked, notes)
+        found = rounding(axes, extents, {axis: own.step_of(axes, axis) for axis in extents}, asked, notes)
+        return replace(found, blocks={axis: block.size for axis, block in whole_blocks(axes, extents).items()})
 
     def gauge(self, axes: Axes, variables: Sequence[Axis]) -> Meter:
         """What measures the budget's quantity."""

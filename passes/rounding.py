@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from graphopt.axes import Axes, Axis
 from graphopt.budget import SLACK
@@ -16,10 +16,14 @@ _RUNGS = 4
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """The step of each axis. Those in `asked` are what the user said, and stay; the others may become finer."""
+    """The step of each axis. Those in `asked` are what the user said, and stay; the others may become finer.
+
+    `blocks` are numbers of items that stay or go together.
+    """
 
     steps: Mapping[Axis, int]
     asked: frozenset[Axis] = frozenset()
+    blocks: Mapping[Axis, int] = field(default_factory=dict)
 
     @property
     def finer(self) -> Rounding | None:
@@ -28,8 +32,10 @@ class Rounding:
         return replace(self, steps=halves) if halves != self.steps else None
 
     def fitted(self, axes: Axes) -> dict[Axis, int]:
-        """The steps, and what operators take multiples of."""
-        return {axis: math.lcm(step, axes.multiple(axis)) for axis, step in self.steps.items()}
+        """The steps, and what operators take multiples of and blocks are."""
+        return {
+            axis: math.lcm(step, axes.multiple(axis), self.blocks.get(axis, 1)) for axis, step in self.steps.items()
+        }
 
 
 def rounding(

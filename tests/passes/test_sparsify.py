@@ -356,11 +356,3 @@ def test_weights_that_are_not_finite_stay(name):
     assert torch.equal(weights(after)["a.weight"].nan_to_num(7.0), broken.nan_to_num(7.0))
     assert reasons(after)["a"] == "its weight has NaN or infinite values"
     assert all(bool(tensor.isfinite().all()) for key, tensor in weights(after).items() if key != "a.weight")
-
-
-def test_cutting_through_blocks_is_said():
-    """Neurons that go one by one leave no blocks of those that stay, and a note says so."""
-    sparse = make("sparsify-blocks", format="4x1", keep=0.3, rearrange=False)(mlp())
-    assert not sparse.records[-1].notes
-    after = make("prune-neurons", keep=0.6, step=1)(sparse)
-    assert any("stand in no blocks any longer" in note for note in after.records[-1].notes)
