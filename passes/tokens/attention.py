@@ -25,7 +25,8 @@ class Attention:
     """One attention, of b samples, h heads, n queries, m keys.
 
     `node` is the fused call, or the softmax (over the last dimension) of a written-out one. `query` (..., n, d), `key`
-    (..., m, d), or (..., d, m) where `turned`, `value` (..., m, e). `result` is the last call of it.
+    (..., m, d), or (..., d, m) where `turned`, `value` (..., m, e). `result` is the last call of it. Written out, its
+    logits are multiplied by `factor`, and `adding` adds a mask to them.
     """
 
     node: Node
@@ -34,6 +35,8 @@ class Attention:
     value: Node
     result: Node
     turned: bool
+    factor: float = 1.0
+    adding: Node | None = None
 
     @property
     def fused(self) -> bool:
@@ -46,17 +49,21 @@ class Attention:
 
     @property
     def mask(self) -> object:
-        """The mask of a fused call, (..., n, m), added or boolean; None where there is none."""
-        return self.argument(3, "attn_mask")
+        """The mask, (..., n, m), added or boolean; None where there is none."""
+        if self.fused:
+            return self.argument(3, "attn_mask")
+        return None if self.adding is None else _summand(self.adding)
 
     @property
     def causal(self) -> bool:
         """Whether a fused call lets queries see only keys up to their own place."""
-        return bool(self.argument(5, "is_causal"))
+        return self.fused and bool(self.argument(5, "is_causal"))
 
     @property
     def scale(self) -> float:
-        """What a fused call multiplies logits with."""
+        """What logits are multiplied with."""
+        if not self.fused:
+            return self.factor
         given = self.argument(6, "scale")
         return float(given) if given is not None else float(self.query.meta["val"].shape[-1]) ** -0.5  # type: ignore[arg-type]
 
@@ -81,8 +88,15 @@ def _written_out(softmax: Node) -> Attention | None:
     if rank < 3 or not isinstance(dim, int) or dim % rank != rank - 1:
         return None
     before = softmax
+    factor, adding = 1.0, None
     for _ in range(_FAR):
-        sources = [each for each in before.all_input_nodes if each.op == "call_function"]
+        name, others = base_name(before), list(before.args[1:2])
+        if name in ("mul", "div") and isinstance(others[0], (int, float)):
+            factor *= others[0] if name == "mul" else 1 / others[0]
+        elif name == "add" and rank == 4:
+            adding = before
+        mask = _summand(before) if before is adding else None
+        sources = [each for each in before.all_input_nodes if each.op == "call_function" and each is not mask]
         products = [each for each in sources if base_name(each) in _PRODUCTS]
         if products:
             before = products[0]
@@ -104,7 +118,25 @@ def _written_out(softmax: Node) -> Attention | None:
     else:
         return None
     query, key = before.all_input_nodes[-2:]
-    return Attention(softmax, query, key, after.all_input_nodes[-1], after, turned=True)
+    value = after.all_input_nodes[-1]
+    return Attention(softmax, query, key, value, after, turned=True, factor=factor, adding=adding)
+
+
+def _summand(total: Node) -> Node | None:
+    """What a call adds to logits."""
+    return next((each for each in total.all_input_nodes if not _is_logits(each)), None)
+
+
+def _is_logits(node: Node) -> bool:
+    """Whether a value is a product, or is computed from one alone by views and numbers."""
+    for _ in range(_FAR):
+        if base_name(node) in _PRODUCTS:
+            return True
+        sources = [each for each in node.all_input_nodes if each.op == "call_function"]
+        if len(sources) != 1 or not (is_pointwise(node) or base_name(node) in _VIEWS):
+            return False
+        node = sources[0]
+    return False
 
 
 def add_to_keys(edit: Edit, attention: Attention, bias: Node) -> None:

@@ -324,18 +324,16 @@ class Job:
             attention = site.following
         given: dict[str, Any] = {}
         if attention is not None:
-            given = {"query": attention.query, "key": attention.key, "value": attention.value}
-            if attention.fused:
-                given["mask"] = attention.mask
-            elif attention is not site.following:
+            given = {"query": attention.query, "key": attention.key, "value": attention.value, "mask": attention.mask}
+            if not attention.fused and attention is not site.following:
                 given["map"] = attention.node
             if attention is site.following:
                 last = isinstance(self.score, scores.LastAttention)
                 given = computed_early(self.edit, site.at, site.dim, given, first, last=last)
         turned = attention.turned if attention is not None else False
         fixed: dict[str, Any] = {
-            "scale": attention.scale if attention is not None and attention.fused else 1.0,
-            "causal": attention.causal if attention is not None and attention.fused else False,
+            "scale": attention.scale if attention is not None else 1.0,
+            "causal": attention is not None and attention.causal,
             "proportional": self.options.proportional,
             "start": here.start,
             "stop": here.stop,

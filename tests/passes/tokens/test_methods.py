@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.budget import Budget
@@ -35,7 +35,7 @@ def image_of(seed: int, batch: int) -> Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def after(model: VisionTransformer, x: Tensor, name: str, **options: Any) -> tuple[Program, Tensor]:
+def after(model: nn.Module, x: Tensor, name: str, **options: Any) -> tuple[Program, Tensor]:
     """The program that a pass makes of a model, and what it gives."""
     program = run_passes(graphopt.capture(model, (x,)), PREPARE)
     small = make(name, **options)(program)
