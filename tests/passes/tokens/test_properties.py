@@ -99,10 +99,9 @@ def test_duplicates_come_back_at_all_their_places(reducer: str, batch: int) -> N
 
 
 @pytest.mark.parametrize("reducer", ["top-k", "bipartite", "prune-merge", "transform", "contextual", "cluster"])
-@pytest.mark.parametrize("batch", [2])
-def test_outputs_get_all_tokens_or_leave_with_fewer(reducer: str, batch: int) -> None:
+def test_outputs_get_all_tokens_or_leave_with_fewer(reducer: str) -> None:
     """ "restore" and "shrink" agree about the class token; dropped tokens come back as they were where they left."""
-    model, x = dense_of(8), image_of(9, batch)
+    model, x, batch = dense_of(8), image_of(9, 2), 2
     options = {"reducer": reducer, "counts": COUNTS}
     restored = after(model, x, "prune-tokens", **options)[1]
     shrunk = after(model, x, "prune-tokens", outputs="shrink", **options)[1]
