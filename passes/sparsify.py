@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +24,11 @@ from graphopt.passes.criteria.magnitude import L1
 from graphopt.passes.rearrange import Work, best_order, role_of
 from graphopt.passes.reduction import named
 from graphopt.passes.sizes import amount, limit, nothing, unreachable
-from graphopt.passes.sparse_grid import Grid
+from graphopt.passes.sparse_grid import Grid, best_of_each
 from graphopt.passes.sparse_layers import SparseLayer, masked, sparse_layers
 from graphopt.passes.sparse_shares import SHARES, Ranked, largest
 from graphopt.shrink import shrink_in
-from graphopt.sparsity import Format, parse_format
+from graphopt.sparsity import UNSTRUCTURED, Format, parse_format
 
 # Element scores of weights by the name of their placeholder, of the weight's shape.
 Scores = Mapping[str, Tensor]
@@ -36,17 +37,21 @@ _BUDGETS = ("flops", "macs", "params")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What stays of one layer: about `target` elements, in units of `grid`."""
+    """What stays of one layer: about `target` elements, in units of `grid`.
+
+    `met`: so much of it is zero already that it stays as it is.
+    """
 
     layer: SparseLayer
     grid: Grid
     target: float
+    met: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Whether nothing is set to zero."""
         form = self.grid.form
-        return form.n == form.m if form.m > 1 else self.target >= self.grid.size
+        return self.met or form.n == form.m if form.m > 1 else self.target >= self.grid.size
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Sparsify(Pass):
     """Set weights of linear layers, products with a stored matrix, and convolutions to zero. Lossy.
 
     keep: the share of the weights that stays, of all layers that are made sparse together. N:M formats say so
-        themselves; or
+        themselves. What has as many zeros already, in units of the format, stays as it is; or
     budget: what the whole program may cost, of FLOPs, multiply-adds or parameters, where those with weights that are
         zero are not counted.
     format: "unstructured", blocks of outputs x inputs as "4x1", N of M inputs as "2:4", the same ones in each of V
@@ -97,6 +102,9 @@ class Sparsify(Pass):
     def prune(self, edit: Edit, plans: Sequence[Plan], scores: Scores) -> None:
         """Set weights to zero, and note what was done with `put`. By default the units with the best scores stay."""
         for plan in plans:
+            if plan.is_whole:
+                self.put(edit, plan, torch.ones(plan.layer.outs, plan.layer.ins, dtype=torch.bool))
+                continue
             own = plan.layer.matrix(scores[plan.layer.weight.name])
             kept = plan.grid.pick(plan.grid.sums(own), plan.target, self.by_row)
             self.put(edit, plan, plan.grid.elements(kept))
@@ -121,7 +129,7 @@ class Sparsify(Pass):
         plans = self._plans(edit, layers, grids, scores)
         orders: dict[Any, Tensor] = {}
         if all(plan.is_whole for plan in plans):
-            edit.declined.append(Decline(edit.program.name, "what is asked to stay is all that there is"))
+            edit.declined.append(Decline(edit.program.name, self._why_nothing(edit, plans)))
         needed = self.rearrange and not all(plan.is_whole for plan in plans)
         if needed and (orders := self._orders(edit, axes, plans, scores)):
             shrink_in(edit, axes, orders)
@@ -165,10 +173,12 @@ class Sparsify(Pass):
         layer = plan.layer
         weight = edit.tensor(layer.weight)
         assert weight is not None
+        if plan.met:
+            kept = layer.matrix(weight != 0)
         whole, count = bool(kept.all()), int(kept.sum())
         size = float(weight.double().abs().sum())
         stays = float(weight.double().abs()[layer.tensor(kept)].sum())
-        if not whole or matrix is not None:
+        if not plan.met and (not whole or matrix is not None):
             new = weight if matrix is None else layer.tensor(matrix).to(weight.dtype)
             edit.set_tensor(layer.weight, masked(new, layer.tensor(kept)))
             edit.annotate(edit.target(layer.weight), plan.grid.form)
@@ -177,7 +187,7 @@ class Sparsify(Pass):
         edit.details.append(
             {
                 "layer": layer.name,
-                "format": "dense" if whole else str(plan.grid.form),
+                "format": "as it was" if plan.met else "dense" if whole else str(plan.grid.form),
                 "outs_x_ins": f"{layer.outs} x {layer.ins}",
                 "keep": count / layer.size,
                 "magnitude_kept": stays / size if size else 1.0,
@@ -231,10 +241,23 @@ class Sparsify(Pass):
 
     def _plans(self, edit: Edit, layers: Sequence[SparseLayer], grids: Sequence[Grid], scores: Scores) -> list[Plan]:
         if grids[0].form.m > 1:
-            targets = [float(grid.stored(0.0)) for grid in grids]
+            targets = np.array([float(grid.stored(0.0)) for grid in grids])
         else:
-            targets = self._targets(edit, layers, grids, scores).tolist()
-        return [Plan(*each) for each in zip(layers, grids, targets, strict=True)]
+            targets = self._targets(edit, layers, grids, scores)
+        return [
+            Plan(layer, grid, float(target), met=_zeros(edit, layer) > 0 and _taken(edit, layer, grid) <= target)
+            for layer, grid, target in zip(layers, grids, targets, strict=True)
+        ]
+
+    def _why_nothing(self, edit: Edit, plans: Sequence[Plan]) -> str:
+        """Why all layers stay as they are."""
+        if not any(plan.met for plan in plans):
+            return "what is asked to stay is all that there is"
+        size = sum(plan.layer.size for plan in plans)
+        kept = 1 - sum(_zeros(edit, plan.layer) for plan in plans) / size
+        taken = sum(_taken(edit, plan.layer, plan.grid) for plan in plans) / size
+        units = "" if plans[0].grid.form == UNSTRUCTURED else f", {taken:.3g} of them in {plans[0].grid.form} units"
+        return f"only {kept:.3g} of the weights are not zero as it is{units}; all of them stay"
 
     def _targets(self, edit: Edit, layers: Sequence[SparseLayer], grids: Sequence[Grid], scores: Scores) -> Floats:
         densities: list[Tensor | None] = [None] * len(layers)
@@ -248,9 +271,11 @@ class Sparsify(Pass):
             for layer, grid, density in zip(layers, grids, densities, strict=True)
         ]
         shares = SHARES[self.allocation](seen, self.minimum)
+        sizes = np.array([float(layer.size) for layer in layers])
+        taken = np.array([float(_taken(edit, layer, grid)) for layer, grid in zip(layers, grids, strict=True)])
         if self.keep is not None:
             self._check_reachable(edit, layers, self.keep)
-            return shares(self.keep)
+            return sizes if taken.sum() <= self.keep * sizes.sum() else shares(self.keep)
         assert self.budget is not None
         each = {"flops": 2, "macs": 1}.get(self.budget.kind, 0)
         costs = [each * layer.times or 1 for layer in layers]
@@ -262,6 +287,8 @@ class Sparsify(Pass):
             return rest + sum(cost * own for cost, own in zip(costs, kept, strict=True))
 
         allowed = limit(edit.program, self.budget)
+        if rest + sum(cost * own for cost, own in zip(costs, taken, strict=True)) <= allowed:
+            return sizes
         if (keep := largest(cost, allowed)) <= 0:
             raise unreachable(edit.program.name, self.budget, cost(0.0), whole)
         return shares(keep)
@@ -288,8 +315,16 @@ class Sparsify(Pass):
             Work(plan.grid, plan.layer.matrix(scores[plan.layer.weight.name]).clone(), plan.target, self.by_row)
             for plan in plans
         ]
+        # Zeros that are there already stand in units of an order that must stay.
+        settled = [
+            [atom for dim in axes.dims[nodes[plan.layer.weight.name]] for atom in atoms(dim)]
+            for plan in plans
+            if plan.met
+        ]
         found: dict[Any, Tensor] = {}
         for axis in axes.free():
+            if any(axis in own for own in settled):
+                continue
             roles = [
                 role_of(work, rows, dims[place], axis)
                 for plan, work in zip(plans, works, strict=True)
@@ -302,6 +337,24 @@ class Sparsify(Pass):
                 found[axis] = order
                 edit.count("axis rearranged")
         return found
+
+
+def _zeros(edit: Edit, layer: SparseLayer) -> int:
+    """Elements of a layer's weight that are zero."""
+    weight = edit.tensor(layer.weight)
+    assert weight is not None
+    return layer.size - int(torch.count_nonzero(weight))
+
+
+def _taken(edit: Edit, layer: SparseLayer, grid: Grid) -> int:
+    """Elements of the units that have any that is not zero. With N:M, all where a group has more than N of those."""
+    weight = edit.tensor(layer.weight)
+    assert weight is not None
+    units = grid.sums(layer.matrix(weight != 0).float()) > 0
+    form = grid.form
+    if form.m > 1 and bool((units & ~best_of_each(units.float(), form.n, form.m)).any()):
+        return layer.size
+    return int(grid.sizes[units].sum())
 
 
 def _reordered(axes: Axes, name: str, scores: Tensor, keep: Mapping[Axis, Tensor]) -> Tensor:

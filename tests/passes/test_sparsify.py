@@ -19,7 +19,7 @@ from graphopt.passes import PASSES, load, make
 from graphopt.passes.base import max_abs_errors
 from graphopt.passes.sparsify import Sparsify
 from graphopt.recipe import passes_of
-from graphopt.sparsity import conforms, parse_format
+from graphopt.sparsity import conforms, parse_format, stored
 from tests.passes.reducing import prepared
 from tests.passes.sparsifying import convnet, details, given, matrices, mlp, nonzeros, weights
 from tests.programs import assert_same, program_of
@@ -356,3 +356,46 @@ def test_weights_that_are_not_finite_stay(name):
     assert torch.equal(weights(after)["a.weight"].nan_to_num(7.0), broken.nan_to_num(7.0))
     assert reasons(after)["a"] == "its weight has NaN or infinite values"
     assert all(bool(tensor.isfinite().all()) for key, tensor in weights(after).items() if key != "a.weight")
+
+
+@pytest.mark.parametrize("name", SPARSIFYING)
+@pytest.mark.parametrize("before", [mlp(), convnet()], ids=["mlp", "convnet"])
+def test_zeros_that_are_there_already_suffice(name, before):
+    """Asked to keep more than is not zero, any pass leaves every bit, and says what there is."""
+    options = {} if name == "sparsify-nm" else {"keep": 0.2}
+    sparse = make(name, **options)(before)
+    for more in [{}] if name == "sparsify-nm" else [{"keep": 0.3}, {"budget": Budget("macs", 0.9)}]:
+        after = make(name, **more)(sparse)
+        assert not after.records[-1].changed
+        assert after.annotations == sparse.annotations
+        assert all(torch.equal(tensor, weights(after)[key]) for key, tensor in weights(sparse).items())
+        assert "of the weights are not zero as it is" in " ".join(after.records[-1].remarks)
+        assert {row["format"] for row in details(after).values()} == {"as it was"}
+        assert all(row["magnitude_kept"] == 1 for row in details(after).values())
+
+
+@pytest.mark.parametrize("criterion", ["l1", "taylor", "random"])
+def test_a_layer_that_has_its_zeros_stays_as_it_is(criterion):
+    """Of two layers one is sparse enough: the other is cut, whatever the criterion thinks of the first."""
+    sparse = make("sparsify-magnitude", keep=0.1, include=("a",))(mlp())
+    after = make("sparsify-magnitude", keep=0.4, allocation="uniform", criterion=criterion)(sparse)
+    assert torch.equal(weights(after)["a.weight"], weights(sparse)["a.weight"])
+    assert nonzeros(after)["b.weight"] == 384  # of 48 x 20
+    assert details(after)["a"]["format"] == "as it was"
+
+
+def test_other_blocks_than_asked_for_are_cut():
+    """Zeros here and there are none in blocks: a format that is not there yet is made."""
+    sparse = make("sparsify-magnitude", keep=0.2, allocation="uniform")(mlp())
+    after = make("sparsify-blocks", format="4x1", keep=0.25, allocation="uniform")(sparse)
+    assert after.records[-1].changed["linear"] == 2
+    for matrix in matrices(after).values():
+        assert stored(matrix, parse_format("4x1")) == matrix.size / 4
+
+
+def test_rearranging_leaves_blocks_that_are_there():
+    """An axis of a layer with its zeros in place keeps its order, though another layer would gain from one."""
+    sparse = make("sparsify-blocks", format="4x1", keep=0.3, include=("a",), rearrange=False)(mlp())
+    after = make("sparsify-blocks", format="4x1", keep=0.4, allocation="uniform")(sparse)
+    assert torch.equal(weights(after)["a.weight"], weights(sparse)["a.weight"])
+    assert after.annotations["a.weight"] == sparse.annotations["a.weight"]
