@@ -416,6 +416,17 @@ class NothingToCut(BudgetUnreachable):
     hint = "`graphopt inspect --axes MODEL` lists what may shrink, `graphopt passes` what other passes cut"
 
 
+class BudgetNotShared(BudgetUnreachable):
+    """Of a budget that a cut and zeros have in common the cut cannot meet its part."""
+
+    code = "budget-not-shared"
+    message = (
+        "--{kind} {asked} for {name} and {zeros}: {name} was to leave {share} of the program, and the least that it "
+        "can is {least}"
+    )
+    hint = "say what it shall leave, and zeros take the rest: --pass {name}:share={least}"
+
+
 class CannotShrink(GraphoptError):
     """An axis that must not shrink, or indices that it does not have."""
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.budget import KINDS, Budget
 from graphopt.errors import BadRecipe, UnknownPass
+from graphopt.shared_budget import SHARE, together
 
 if TYPE_CHECKING:
     from graphopt.passes.base import Pass
@@ -159,6 +160,7 @@ def passes_of(recipe: Recipe, **context: Any) -> list[Pass]:
         BadRecipe: a pass has no such option, or the value is of another kind, or no pass takes a shared option.
     """
     from graphopt.passes import PASSES, load
+    from graphopt.passes.reduction import Reduction
 
     made, used = [], set[str]()
     for step in recipe.steps:
@@ -167,7 +169,10 @@ def passes_of(recipe: Recipe, **context: Any) -> list[Pass]:
             raise UnknownPass(name=step.name, near=f"; did you mean {near[0]}?" if near else "")
         cls = load(step.name)
         types_of = options_of(cls)
-        own = _as_options(step.options, types_of, step.name, strict=True)
+        options = step.options
+        if SHARE in options and issubclass(cls, Reduction):
+            options = {key: value for key, value in options.items() if key != SHARE}
+        own = _as_options(options, types_of, step.name, strict=True)
         shared = _as_options(recipe.shared, types_of, step.name, strict=False)
         used |= _taken(recipe.shared, types_of)
         if "keep" in own:
@@ -181,41 +186,7 @@ def passes_of(recipe: Recipe, **context: Any) -> list[Pass]:
             reason=f"{', '.join(idle)}: {names} has no such option",
             way_out="see `graphopt passes NAME`",
         )
-    return _together(made, recipe)
-
-
-def _together(made: list[Pass], recipe: Recipe) -> list[Pass]:
-    """Passes that share one budget cut jointly, as one `prune`: one after the other, the first would use all of it.
-
-    Raises:
-        BadRecipe: they cannot, because they differ in more than the axes that they cut.
-    """
-    from graphopt.passes.prune import Prune
-    from graphopt.passes.reduction import Reduction
-
-    sharing = [item for item, step in zip(made, recipe.steps, strict=True) if _shares_budget(item, step, recipe)]
-    if len(sharing) < 2:
-        return made
-    common = [
-        {name: getattr(item, name) for name in options_of(Reduction)} for item in sharing if isinstance(item, Reduction)
-    ]
-    own = options_of(Reduction).keys()
-    simple = all(isinstance(item, Prune) or options_of(type(item)).keys() == own for item in sharing)
-    if len(common) < len(sharing) or not simple or any(options != common[0] for options in common):
-        raise BadRecipe(
-            what=recipe.name,
-            reason=f"{', '.join(item.name for item in sharing)} share one budget, and cannot be cut together",
-            way_out="give each pass a budget of its own: --pass NAME:flops=0.8",
-        )
-    roles = tuple(dict.fromkeys(role for item in sharing for role in item.cut_roles))  # type: ignore[attr-defined]
-    joint = Prune(**common[0], axes=roles)
-    first = made.index(sharing[0])
-    return [*made[:first], joint, *(item for item in made[first:] if item not in sharing)]
-
-
-def _shares_budget(item: Pass, step: Step, recipe: Recipe) -> bool:
-    shared = any(kind in recipe.shared for kind in KINDS) and "budget" in options_of(type(item))
-    return shared and "keep" not in step.options and not any(kind in step.options for kind in KINDS)
+    return together(made, [step.options for step in recipe.steps], recipe.shared, recipe.name)
 
 
 def options_of(cls: type[Pass]) -> dict[str, Any]:

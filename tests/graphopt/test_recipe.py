@@ -8,6 +8,7 @@ from graphopt.budget import Budget
 from graphopt.errors import BadRecipe, UnknownPass
 from graphopt.optimize import plan
 from graphopt.passes import make
+from graphopt.passes.cut_and_sparsify import CutAndSparsify
 from graphopt.recipe import Recipe, Step, parse_budget, parse_step, passes_of, read
 
 
@@ -133,6 +134,56 @@ def test_one_budget_for_passes_that_cannot_cut_together():
     steps = (Step("prune-neurons", {"criterion": "l1"}), Step("prune-heads", {}))
     with pytest.raises(BadRecipe, match="cannot be cut together"):
         passes_of(Recipe(steps, {"flops": 0.5}))
+
+
+def test_zeros_share_a_budget_with_cuts():
+    """One pass that sets weights to zero, behind what shrinks: jointly, with the share that the cut is given."""
+    budget = Budget("flops", 0.3)
+    steps = [parse_step(text) for text in ("prune-neurons:share=60%", "prune-heads", "sparsify-blocks:format=8x1")]
+    (joint,) = passes_of(Recipe(tuple(steps), {"flops": 0.3}))
+    cut = make("prune", axes=("neuron", "head"), budget=budget)
+    zeros = make("sparsify-blocks", format="8x1", budget=budget)
+    assert joint == CutAndSparsify(cut, zeros, budget, 0.6)
+    (plain,) = passes_of(Recipe((Step("prune-channels", {}), Step("sparsify-blocks", {})), {"flops": 0.3}))
+    assert plain.share is None
+    # A budget of its own is none that is shared.
+    first, second = passes_of(
+        Recipe((Step("prune-channels", {"flops": 0.6}), Step("sparsify-blocks", {})), {"macs": 0.5})
+    )
+    assert (first.budget, second.budget) == (Budget("flops", 0.6), Budget("macs", 0.5))
+
+
+@pytest.mark.parametrize(
+    ("passes", "says", "way_out"),
+    [
+        (
+            ["sparsify-blocks", "prune-channels"],
+            "name what shrinks in front",
+            "--pass sparsify-blocks:flops=0.5 --pass prune-channels:flops=0.5",
+        ),
+        (
+            ["prune-channels", "sparsify-blocks", "sparsify-wanda"],
+            "cannot be cut together",
+            "--pass prune-channels:flops=0.63 --pass sparsify-blocks:flops=0.63 --pass sparsify-wanda:flops=0.63",
+        ),
+        (
+            ["factor-low-rank", "prune-channels"],
+            "cannot be cut together",
+            "--pass factor-low-rank:flops=0.5 --pass prune-channels:flops=0.5",
+        ),
+        (["prune-channels", "sparsify-nm:format=2:4"], "keeps 2:4 whatever", "--pass prune-channels:flops=0.6"),
+        (["prune-channels:share=0.5"], "share is that of a budget", "flops=0.6"),
+        (["prune-channels:share=2", "sparsify-blocks"], "share=2 is no share", "above 0"),
+        (["prune-channels:share=x", "sparsify-blocks"], "share=x is no share", "above 0"),
+        (["prune-heads:share=0.5", "prune-neurons:share=0.6", "sparsify-blocks"], "one share, not 0.5, 0.6", "once"),
+        (["sparsify-blocks:share=0.5", "prune-channels"], "no option share", "it has"),
+    ],
+)
+def test_budgets_that_cannot_be_shared(passes, says, way_out):
+    """The error says how to write a budget for each, with numbers that come to the same."""
+    with pytest.raises(BadRecipe, match=says) as caught:
+        passes_of(Recipe(tuple(map(parse_step, passes)), {"flops": 0.25}))
+    assert way_out in caught.value.way_out
 
 
 def test_recipe_file(tmp_path):
