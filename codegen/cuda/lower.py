@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from tvm import relax
 from tvm.tirx import PrimFunc
 
 from graphopt.codegen.artefact import KernelInfo
@@ -12,11 +13,14 @@ from graphopt.codegen.cuda.attention import split_attention
 from graphopt.codegen.cuda.kernels import Launch, generate
 from graphopt.codegen.cuda.launcher import write_sources
 from graphopt.codegen.cuda.nvrtc import compile_cuda
+from graphopt.codegen.cuda.ordering import compare_all
+from graphopt.codegen.cuda.scatter import scatter_in_order
 from graphopt.codegen.cuda.schedule import as_module, hoist_global, schedule
 from graphopt.codegen.entry import direct_outputs, pack_weights
 from graphopt.codegen.fallback import functions, legalise
 from graphopt.codegen.memory import plan_memory
 from graphopt.codegen.prepare import prepare
+from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.steps import Buffer, StepProgram, read_steps
 from graphopt.program import Program
 from graphopt.spec import identifier
@@ -46,7 +50,7 @@ def compile_program(
     module, sparse_weights = prepare(program, target)
     dump("relax.py", module.script())
     progress("legalising")
-    module = legalise(split_attention(module))
+    module = legalise(rebuild(split_attention(module), _threadable))
     dump("lowered.py", module.script())
 
     progress("scheduling")
@@ -98,6 +102,12 @@ def compile_program(
         output_bytes=nbytes[1],
         usage=image.usage,
     )
+
+
+def _threadable(binding: relax.VarBinding, value: relax.Expr, builder: relax.BlockBuilder) -> relax.Expr:
+    """What TVM lowers to loops of one thread, as operators or kernels that many share. One pass: it adds functions."""
+    new = compare_all(binding, value, builder)
+    return scatter_in_order(binding, value, builder) if new is value else new
 
 
 def _place(

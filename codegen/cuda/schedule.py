@@ -116,6 +116,15 @@ def reductions(func: PrimFunc) -> list[int]:
     return found
 
 
+def threaded(func: PrimFunc) -> bool:
+    """Whether some loop is bound to threads already."""
+    found: list[bool] = []
+    tvm_ffi.structural_walk(
+        func.body, (tirx.For, lambda loop: found.append(loop.thread_binding is not None)), order="pre"
+    )
+    return any(found)
+
+
 def rules(func: PrimFunc) -> list[tuple[str, ScheduleRule]]:
     """What is tried on a function, in this order; the last takes everything."""
     elements = math.prod(int(d) for d in func.params[-1].ty.shape)
@@ -141,6 +150,8 @@ def schedule(name: str, func: PrimFunc, target: Target) -> tuple[str, PrimFunc]:
     Raises:
         UnsupportedOp: no rule could, with what the last one said.
     """
+    if threaded(func):
+        return "given", func
     small = _tvm_target("sm_61", gpu_of(target).static_shared_bytes, THREADS, target)
     reason = "no schedule rule applies"
     for rule_name, rule in rules(func):

@@ -89,9 +89,9 @@ class RowDots(Template):
         if lanes < LEAST_LANES or n < lanes:
             return Decline(where, f"{n} rows of {k} elements fill no square of vectors")
         after = absorb(flow, binding.var)
-        sizes = [Seen(math.prod(shape_of(v.base)), v.offset, v.dims) for v in (a, b)]
+        rows, keys = (Seen(math.prod(shape_of(v.base)), v.offset, v.dims) for v in (a, b))
         work = math.prod(lead) * m * n * k
-        dots = Dots(lead, m, n, k, lanes, *sizes, after.epilogue, target.threads and work >= 4 * PARALLEL_ELEMENTS)
+        dots = Dots(lead, m, n, k, lanes, rows, keys, after.epilogue, target.threads and work >= 4 * PARALLEL_ELEMENTS)
         return KernelCall(
             name=f"f32_row_dots{after.epilogue.name}_{n}x{k}__{target.isa.name}".replace("-", "_"),
             key=(dots, target.spec),

@@ -135,8 +135,8 @@ def build(rows: int, n: int, target: Target) -> PrimFunc:
     def body(x: Any, values: Any, indices: Any) -> None:
         with loop(rows, target.threads and rows * n >= PARALLEL_ELEMENTS) as row, T.sblock("row"):
             start = T.bind(row * n)
-            kept = [T.sblock_alloc_buffer((count * lanes,), kind, scope="global") for kind in ("float32", "int32")]
-            best = Best(*kept, lanes)
+            seen = T.sblock_alloc_buffer((count * lanes,), "float32", scope="global")
+            best = Best(seen, T.sblock_alloc_buffer((count * lanes,), "int32", scope="global"), lanes)
             for u in range(count):
                 best.clear(u * lanes, u * lanes if (u + 1) * lanes <= n else n - lanes)
 

@@ -107,7 +107,7 @@ class Sorting(Template):
             return Decline(where, f"a tensor without elements: {shape}")
         if not dtype.startswith(("float16", "float32", "float64", "bfloat16", "int", "uint", "bool")):
             return Decline(where, f"sorting {dtype}")
-        order = _order(call, shape, dtype)
+        order = order_of(call, shape, dtype)
         what = f"topk{order.k}" if order.k else op_of(call).removeprefix("relax.")
         return KernelCall(
             name=f"{dtype}_{what}_{order.n}",
@@ -120,7 +120,8 @@ class Sorting(Template):
         )
 
 
-def _order(call: relax.Call, shape: tuple[int, ...], dtype: str) -> Order:
+def order_of(call: relax.Call, shape: tuple[int, ...], dtype: str) -> Order:
+    """What a sort, argsort or topk of a tensor of this shape and dtype asks for."""
     attrs, op = call.attrs, op_of(call)
     axis = int(attrs.axis) % max(1, len(shape))
     n = shape[axis] if shape else 1
