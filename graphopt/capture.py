@@ -46,7 +46,7 @@ Shapes = Mapping[str, Sequence[int] | TensorSpec]
 
 _SHAPE = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<dims>\d+(x\d+)*)?(:(?P<dtype>\w+))?", re.ASCII)
 _MAX_DIGITS = 18  # below 2**63
-_KEPT_META = ("val", "nn_module_stack", "stack_trace")
+_KEPT_META = ("val", "nn_module_stack", "stack_trace", "custom")
 _SEED = 0
 
 

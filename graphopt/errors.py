@@ -345,6 +345,22 @@ class BadSample(GraphoptError):
     hint = "write it with numpy: numpy.save('x.npy', x), or numpy.savez('samples.npz', x=x) with the inputs' names"
 
 
+class BadImage(GraphoptError):
+    """A picture that is missing, may not be read, or is none."""
+
+    code = "bad-image"
+    message = "{file}: {reason}"
+    hint = "give a picture in a format that Pillow reads, such as .png or .jpg"
+
+
+class NoTokens(GraphoptError):
+    """`explain tokens` of a model whose tokens are not reduced, or that does not say where they go."""
+
+    code = "no-tokens"
+    message = "{file}: {reason}"
+    hint = "{way_out}"
+
+
 class BadCalibration(GraphoptError):
     """Calibration data from Python that cannot be used: what a function or an iterable gave."""
 

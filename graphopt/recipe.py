@@ -91,14 +91,19 @@ def _amounts(kind: str) -> str:
 
 
 def parse_step(text: str) -> Step:
-    """`prune-channels` or `prune-channels:criterion=l1,keep=0.5`. Raises BadRecipe."""
+    """`prune-channels`, `prune-channels:criterion=l1,keep=0.5` or `merge-tokens:counts=40,30`. Raises BadRecipe."""
     name, colon, rest = text.partition(":")
     options: dict[str, Any] = {}
+    last = ""
     for item in filter(None, re.split(r",(?![^(]*\))", rest)) if colon else ():  # not inside a tuple
         key, equals, value = item.partition("=")
+        if not equals and last and re.fullmatch(r"\s*\d+\s*", item):  # one more number of the last option
+            options[last] += f",{item.strip()}"
+            continue
         if not equals:
             raise BadRecipe(what=f"--pass {text}", reason=f"{item!r} is not name=value", way_out=_PASS)
-        options[_key(key)] = value.strip()
+        last = _key(key)
+        options[last] = value.strip()
     return Step(name.strip(), options)
 
 

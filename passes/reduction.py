@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +23,7 @@ from graphopt.passes.allocation.base import Allocation, Problem, ladder, top
 from graphopt.passes.base import Pass
 from graphopt.passes.checks import check_included, matches, not_excluded
 from graphopt.passes.criteria.base import Criterion
+from graphopt.passes.named import named_in
 from graphopt.passes.query_groups import outer_of, rows_of
 from graphopt.passes.rounding import Rounding, nearest_to_budget, rounding
 from graphopt.passes.whole_blocks import in_blocks, whole_blocks
@@ -323,30 +322,6 @@ def named(kind: str, text: str, registry: Any) -> Any:
     """A registered criterion or allocation from `name` or `name:option=value,option=value`. Raises BadOption."""
     known = registry.CRITERIA if kind == "criterion" else registry.ALLOCATIONS
     return named_in(kind, text, known, registry.make)
-
-
-def named_in(kind: str, text: str, known: Mapping[str, Any], make: Callable[..., Any] | None = None) -> Any:
-    """What a table has under a name, made with the options behind it. Raises BadOption."""
-    name, _, rest = text.partition(":")
-    if name not in known:
-        raise BadOption(what=f"there is no {kind} {name}", way_out=f"known are: {', '.join(sorted(known))}")
-    options = {}
-    for item in filter(None, re.split(r",(?![^(]*\))", rest)):  # commas inside a tuple are its own
-        key, _, value = item.partition("=")
-        options[key.strip()] = _value(value.strip())
-    try:
-        return make(name, **options) if make is not None else known[name](**options)
-    except TypeError as error:
-        raise BadOption(
-            what=f"{kind} {text}: {error}", way_out=f"`graphopt passes {name}` lists its options"
-        ) from error
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
 def explain(axes: Axes, plan: Plan, target: Target | None) -> list[dict[str, Any]]:

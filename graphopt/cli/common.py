@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-VERBS = ("compile", "optimize", "run", "inspect", "bench", "passes", "targets")
+VERBS = ("compile", "optimize", "run", "inspect", "bench", "passes", "explain", "targets")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2 file, or a .pt file with an exported program.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]

@@ -21,14 +21,14 @@ _SOURCE = re.compile(r"^Sources?:\s*(?P<text>.+?)(?:\n\n|\Z)", re.MULTILINE | re
 
 def passes(
     name: Annotated[
-        str | None, typer.Argument(help="A pass, criterion, allocation, score or reducer, to be explained.")
+        str | None, typer.Argument(help="A pass, criterion, allocation, score, reducer or schedule, to be explained.")
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """List the passes and what they are made of (criteria, allocations, scores, reducers), or explain one of them."""
+    """List the passes and what they are made of (criteria, scores, schedules, ...), or explain one of them."""
     out = Output(json, quiet, verbose)
     with out.working("importing PyTorch"):
         entries = catalogue()
@@ -47,9 +47,9 @@ def passes(
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Every registered pass, criterion, allocation, score and reducer: kind, name, summary, text, source, options."""
+    """Everything registered (passes, criteria, scores, ...): kind, name, summary, text, source, options."""
     from graphopt.passes import CANONICALISE, PASSES, allocation, criteria, load
-    from graphopt.passes.tokens import reducers, scores
+    from graphopt.passes.tokens import reducers, schedule, scores
 
     rows = [
         _entry("lossless pass" if load(name).lossless else "reducing pass", name, load(name), name in CANONICALISE)
@@ -59,12 +59,11 @@ def catalogue() -> list[dict[str, Any]]:
     rows += [_entry("allocation", name, allocation.load(name), False) for name in allocation.ALLOCATIONS]
     rows += [_entry("score of tokens", name, cls, False) for name, cls in scores.SCORES.items()]
     rows += [_entry("reducer of tokens", name, cls, False) for name, cls in reducers.REDUCERS.items()]
+    rows += [_described("schedule of tokens", name, each.text) for name, each in schedule.SCHEDULES.items()]
     return rows
 
 
 def _entry(kind: str, name: str, cls: type, default: bool) -> dict[str, Any]:
-    text = inspect.cleandoc(cls.__doc__ or "")
-    source = _SOURCE.search(text)
     texts = _option_texts(cls)
     options = [
         {
@@ -76,14 +75,20 @@ def _entry(kind: str, name: str, cls: type, default: bool) -> dict[str, Any]:
         for field in dataclasses.fields(cls)
         if field.init
     ]
+    described = _described(kind, name, inspect.cleandoc(cls.__doc__ or ""))
+    return {**described, "options": options, "by_default": default}
+
+
+def _described(kind: str, name: str, text: str) -> dict[str, Any]:
+    source = _SOURCE.search(text)
     return {
         "kind": kind,
         "name": name,
         "summary": " ".join(text.partition("\n\n")[0].split()),
         "text": text,
         "source": " ".join(source["text"].split()) if source else None,
-        "options": options,
-        "by_default": default,
+        "options": [],
+        "by_default": False,
     }
 
 

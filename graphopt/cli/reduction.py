@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -174,19 +174,34 @@ def print_records(console: Console, records: Sequence[Record], *, explain: bool)
     for record in records:
         changed = ", ".join(f"{count} x {what}" for what, count in record.changed.items()) or "nothing to do"
         console.print(f"pass {record.name}: {changed}", markup=False)
+        if places := [row for row in record.details if "tokens" in row and "kept" in row]:
+            steps = ", ".join(f"{row['kept']} behind {row['name']}" for row in places)
+            console.print(f"  tokens: {places[0]['tokens']}, then {steps}", markup=False)
         if not explain:
             continue
         if record.details:
-            headings = list(dict.fromkeys(key for row in record.details for key in row))
-            table = Table(box=None, pad_edge=False, header_style="bold")
-            for heading in headings:
-                numeric = all(isinstance(row.get(heading, 0), (int, float)) for row in record.details)
-                table.add_column(heading.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-            for row in record.details:
-                table.add_row(*(escape(_cell(heading, row.get(heading))) for heading in headings))
-            console.print(table)
+            for rows in _tables(record.details):
+                headings = list(dict.fromkeys(key for row in rows for key in row))
+                table = Table(box=None, pad_edge=False, header_style="bold")
+                for heading in headings:
+                    numeric = all(isinstance(row.get(heading, 0), (int, float)) for row in rows)
+                    table.add_column(heading.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+                for row in rows:
+                    table.add_row(*(escape(_cell(heading, row.get(heading))) for heading in headings))
+                console.print(table)
         for decline in record.declined:
             console.print(f"  left alone: {decline.where}: {decline.reason}", markup=False)
+
+
+def _tables(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Rows by the table that they are of: those that share a heading, one after the other."""
+    tables: list[list[Mapping[str, Any]]] = []
+    for row in rows:
+        if tables and not row.keys().isdisjoint(key for each in tables[-1] for key in each):
+            tables[-1].append(row)
+        else:
+            tables.append([row])
+    return tables
 
 
 def _cell(heading: str, value: Any) -> str:

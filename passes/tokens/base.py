@@ -21,7 +21,7 @@ from graphopt.errors import BadOption, CannotShrink, Decline, NothingToCut
 from graphopt.inline import inline
 from graphopt.passes.base import Pass
 from graphopt.passes.checks import check_share
-from graphopt.passes.reduction import named_in
+from graphopt.passes.named import named_in, near
 from graphopt.passes.sizes import limit, nothing, unreachable
 from graphopt.passes.tokens import reducers, scores
 from graphopt.passes.tokens.attention import Attention, add_to_keys, attentions
@@ -34,6 +34,7 @@ from graphopt.passes.tokens.view import View, heads, repeated
 from graphopt.place import place
 from graphopt.program import Program
 from graphopt.region import Region, Span, region_of
+from graphopt.token_trace import add_outputs, mark
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TokenReduction(Pass):
     stream: which of several sequences of tokens, from 0 (a vision tower, a language model); the one with most blocks.
     until: the block at whose end all tokens come back.
     proportional: attention counts a merged token as often as it has tokens; not for models trained with merging.
+    trace: give more outputs, tokens_0, tokens_1, ..., by which `graphopt explain tokens` shows where tokens go.
     """
 
     lossless: ClassVar[bool] = False
@@ -73,6 +75,7 @@ class TokenReduction(Pass):
     proportional: bool = True
     stream: int | None = None
     until: int | None = None
+    trace: bool = False
     default_keep: ClassVar[float | None] = None
     schedules: ClassVar[tuple[str, ...]] = tuple(SCHEDULES)
 
@@ -92,6 +95,8 @@ class TokenReduction(Pass):
         wanted = self.wanted(edit, job)
         model = job.segments("flops")(wanted)
         job.run(wanted)
+        if self.trace:
+            add_outputs(edit)
         edit.details.append({"model_flops": model, "reduction_flops": job.added("flops")})
         edit.declined += job.declined
         if not edit.changed and min(wanted) < job.span.size:
@@ -107,8 +112,8 @@ class TokenReduction(Pass):
             )
         check_share(self.name, "keep", self.keep)
         if self.schedule not in self.schedules:
-            known = ", ".join(self.schedules)
-            raise BadOption(what=f"{self.name}: schedule={self.schedule}", way_out=f"known are: {known}")
+            way_out = f"{near(self.schedule, self.schedules)}known are: {', '.join(self.schedules)}"
+            raise BadOption(what=f"{self.name}: there is no schedule {self.schedule}", way_out=way_out)
 
     def default_sites(self, blocks: int) -> Sequence[int]:
         """The blocks that have a place where the user names none."""
@@ -277,6 +282,7 @@ class Job:
                 continue
             kept = self.choose(site, here, region, size, count, self.reducer.at(number))
             cut(self.edit, region, kept, positions=self.options.positions)
+            mark(self.edit, kept, now)
             self.edit.count("place")
             self.edit.details.append({"block": site.block, "name": site.name, "tokens": now, "kept": count})
             for reader, reason in {(each.where, each.reason) for each in region.blocked}:

@@ -48,7 +48,7 @@ class Rates:
         gone = [self.span - count for count in self.kept]
         # Up to many times what was found, so that any budget can be met that these places allow.
         most = max(gone) or 1
-        return Schedule("searched", lambda _: [self.span * each / most for each in gone])
+        return Schedule("searched", "Rates found by gradient.", lambda _: [self.span * each / most for each in gone])
 
     @property
     def share(self) -> tuple[float, ...]:

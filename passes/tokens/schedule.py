@@ -14,9 +14,11 @@ class Schedule:
     """Counts by a single strength from 0 (all stay) to 1 (as few as can be).
 
     `shape` gives, for the number of places, the share of all removed tokens that is gone behind each: rising to 1.
+    `text` explains it.
     """
 
     name: str
+    text: str
     shape: Callable[[int], list[float]]
     ratio: bool = False
 
@@ -72,10 +74,16 @@ def _cosine(places: int) -> list[float]:
 SCHEDULES: dict[str, Schedule] = {
     each.name: each
     for each in (
-        Schedule("constant", _constant),
-        Schedule("linear", _linear),
-        Schedule("cosine", _cosine),
-        Schedule("ratio", _constant, ratio=True),
-        Schedule("last", lambda places: [1.0] * places),
+        Schedule("constant", "As many tokens go at every place.", _constant),
+        Schedule(
+            "linear",
+            """Twice the mean goes at the first place, none at the last, in even steps.
+
+Source: the decreasing schedule of Bolya et al., Token Merging, ICLR 2023, arXiv:2210.09461.""",
+            _linear,
+        ),
+        Schedule("cosine", "What goes falls from place to place as a cosine does.", _cosine),
+        Schedule("ratio", "The same share of the tokens that are left goes at every place.", _constant, ratio=True),
+        Schedule("last", "All that go do so at the first place.", lambda places: [1.0] * places),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -179,7 +180,7 @@ class Random(Score):
 
     def __call__(self, view: View) -> Tensor:
         count = view.stop - view.start
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = random.Random(self.seed).sample(range(count), count)
         return torch.tensor(order, dtype=torch.float32).expand(view.x.shape[0], -1)
 
 

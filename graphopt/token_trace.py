@@ -1,0 +1,146 @@
+"""Which token each token becomes a part of, place by place: marked by passes, and given by programs on request.
+
+Marks are metadata of the nodes that choose tokens; they go into .pt2 files and through later passes. `traced` makes
+outputs of them: `tokens_0`, `tokens_1`, ... of (b, n) int64, place by place: for each of the n tokens that could go
+there, the number of the token that it is a part of behind the place, -1 where it was dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from graphopt.cut import Kept
+from graphopt.edit import Edit
+from graphopt.exported import output_names
+from graphopt.inline import inline
+from graphopt.program import Program
+
+MARK = "graphopt.tokens"
+_OUTPUT = re.compile(r"tokens_(\d+)")
+_READ = ("index", "sources", "slots", "matrix", "spread")
+
+
+def mark(edit: Edit, kept: Kept, size: int) -> None:
+    """Note on the nodes of `kept` that they choose among `size` tokens, behind all places that are marked so far."""
+    place = len(_marked(edit))
+    for field in _READ:
+        node = getattr(kept, field)
+        if isinstance(node, Node):
+            # A file keeps no metadata of the calls that take one result of several, so the call before has the mark.
+            item = node.args[1] if node.target is operator.getitem else None
+            marked = node.all_input_nodes[0] if item is not None else node
+            custom = marked.meta.get("custom") or {}
+            marked.meta["custom"] = {**custom, MARK: [*custom.get(MARK, []), [place, field, size, item]]}
+
+
+def is_traced(names: list[str]) -> bool:
+    """Whether outputs of these names are those of `traced`."""
+    return any(_OUTPUT.fullmatch(name) for name in names)
+
+
+def traced(program: Program) -> Program:
+    """The program with more outputs, one for each marked place; all outputs by name. Itself where nothing is marked."""
+    if is_traced([spec.name for spec in program.outputs]):
+        return program
+    edit = Edit(program)
+    add_outputs(edit)
+    return program.replace(exported=edit.finish())
+
+
+def add_outputs(edit: Edit) -> None:
+    """Let the program give for each marked place which token each token is a part of."""
+    if not (places := _marked(edit)):
+        return
+    output = edit.graph.output_node()
+    results = list(output.args[0])
+    signature = edit.exported.graph_signature
+    top = edit.exported.module_call_graph[0].signature
+    assert top is not None
+    names = output_names(top.out_spec)
+    for number, (kept, size) in sorted(places.items()):
+        node = inline(edit, part_of, kept, size, like=output)
+        results.append(node)
+        names.append(f"tokens_{number}")
+        argument = TensorArgument(name=node.name)
+        signature.output_specs.append(OutputSpec(kind=OutputKind.USER_OUTPUT, arg=argument, target=None))
+        top.outputs.append(argument)
+    output.args = (tuple(results),)
+    top.out_spec = pytree.tree_structure(dict.fromkeys(names, 0))
+
+
+def part_of(kept: Kept, size: int) -> Tensor:
+    """For each of `size` tokens, the number of the new one that it is (mostly) a part of; -1: none. (b, size) int64."""
+    if kept.matrix is not None:
+        shares = kept.matrix if kept.spread is None else kept.spread.transpose(1, 2)
+        most, slot = shares.max(1)
+        return torch.where(most > 0, slot, -1)
+    batch, count = kept.index.shape
+    found = torch.full((batch, size), -1, dtype=torch.int64)
+    found = found.scatter(1, kept.index, torch.arange(count).expand(batch, -1))
+    return found if kept.sources is None else found.scatter(1, kept.sources, kept.slots)
+
+
+def chain(outputs: Mapping[str, Any]) -> list[Any]:
+    """For each place, in order, which token each of the *first* tokens is a part of behind it; -1: dropped by then.
+
+    Args:
+        outputs: arrays by name, those of `traced` among them.
+
+    Returns:
+        int64 arrays (b, n), n being the tokens in front of the first place. A place that has other tokens than the one
+        in front of it left (another stream) starts anew.
+    """
+    import numpy as np
+
+    numbers = sorted(int(match[1]) for name in outputs if (match := _OUTPUT.fullmatch(name)))
+    found: list[Any] = []
+    for number in numbers:
+        step = np.asarray(outputs[f"tokens_{number}"])
+        if found and int(found[-1].max()) + 1 == step.shape[1]:
+            before = found[-1]
+            after = np.take_along_axis(step, np.maximum(before, 0), 1)
+            step = np.where(before < 0, -1, after)
+        found.append(step)
+    return found
+
+
+def _marked(edit: Edit) -> dict[int, tuple[Kept, int]]:
+    """What is marked, by place."""
+    fields: dict[int, dict[str, Node]] = {}
+    sizes: dict[int, int] = {}
+    for node in edit.graph.nodes:
+        # Loading a file gives the metadata of a call to those that take its results, too.
+        for place, field, size, item in [] if node.target is operator.getitem else _marks(node):
+            takers = [user for user in node.users if user.target is operator.getitem and user.args[1] == item]
+            if item is None or takers:
+                fields.setdefault(place, {})[field] = takers[0] if takers else node
+                sizes[place] = size
+    empty = Kept(index=None)
+    return {
+        place: (dataclasses.replace(empty, **own), sizes[place])
+        for place, own in fields.items()
+        if "index" in own or "matrix" in own
+    }
+
+
+def _marks(node: Node) -> list[Any]:
+    """The marks of a node, as far as they are well-formed: they may come from a file."""
+    custom = node.meta.get("custom")
+    marks = custom.get(MARK) if isinstance(custom, dict) else None
+    return [each for each in marks if _is_mark(each)] if isinstance(marks, list) else []
+
+
+def _is_mark(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 4 or value[1] not in _READ:
+        return False
+    return isinstance(value[0], int) and isinstance(value[2], int) and isinstance(value[3], int | None)
