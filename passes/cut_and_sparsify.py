@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from graphopt.budget import Budget
 from graphopt.edit import Edit
-from graphopt.errors import BudgetNotShared, BudgetUnreachable
+from graphopt.errors import BadOption, BudgetNotShared, BudgetUnreachable
 from graphopt.passes.base import Pass
 from graphopt.passes.reduction import Reduction
 from graphopt.passes.sizes import amount
@@ -45,11 +45,18 @@ class CutAndSparsify(Pass):
         """The program after both passes, with a record of each.
 
         Raises:
+            BadOption: a budget of bytes or latency.
             BudgetNotShared: the cut cannot leave so little.
             BudgetUnreachable: the whole budget cannot be met.
         """
         kind = self.budget.kind
-        replace(self.zeros, budget=Budget(kind, 1.0)).checked()  # before the time that a cut takes
+        replace(self.zeros, budget=Budget(kind, 1.0), target="cpu").checked()  # before the time that a cut takes
+        if kind == "latency":
+            # An estimate of the whole and then of what the cut left would be off by other factors.
+            raise BadOption(
+                what=f"{self.cut.name} and {self.zeros.name} cannot share a budget of latency",
+                way_out=f"give each its own: --pass {self.cut.name}:latency=0.7 --pass {self.zeros.name}:latency=0.5",
+            )
         whole = amount(program, kind)
         allowed = self.budget.limit(whole)
         share = min(1.0, math.sqrt(allowed / whole)) if self.share is None else self.share

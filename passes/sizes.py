@@ -30,9 +30,11 @@ def limit(program: Program, budget: Budget) -> float:
     return budget.amount if budget.absolute else budget.amount * whole
 
 
-def nothing(program: Program, budget: Budget, name: str, reason: str) -> NothingToCut:
-    """The error for a pass that finds nothing that it could cut. Raises as `amount`."""
-    whole = amount(program, budget.kind)
+def nothing(program: Program, budget: Budget, name: str, reason: str, *, whole: float | None = None) -> NothingToCut:
+    """The error for a pass that finds nothing that it could cut in a program that has `whole` of the budgeted quantity,
+    by default its amount. Raises as `amount`.
+    """
+    whole = amount(program, budget.kind) if whole is None else whole
     asked = budget.show(budget.limit(whole), whole)
     return NothingToCut(file=program.name, kind=budget.kind, asked=asked, name=name, reason=reason)
 

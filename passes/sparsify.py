@@ -23,7 +23,8 @@ from graphopt.passes.criteria.base import Elementwise, normalised
 from graphopt.passes.criteria.magnitude import L1
 from graphopt.passes.rearrange import Work, best_order, role_of
 from graphopt.passes.reduction import named
-from graphopt.passes.sizes import amount, limit, nothing, unreachable
+from graphopt.passes.sizes import nothing, unreachable
+from graphopt.passes.sparse_bill import BUDGETS, bill
 from graphopt.passes.sparse_grid import Grid, best_of_each
 from graphopt.passes.sparse_layers import SparseLayer, masked, sparse_layers
 from graphopt.passes.sparse_shares import SHARES, Ranked, largest
@@ -32,7 +33,6 @@ from graphopt.sparsity import UNSTRUCTURED, Format, parse_format
 
 # Element scores of weights by the name of their placeholder, of the weight's shape.
 Scores = Mapping[str, Tensor]
-_BUDGETS = ("flops", "macs", "params")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Sparsify(Pass):
     keep: the share of the weights that stays, of all layers that are made sparse together. N:M formats say so
         themselves. What has as many zeros already, in units of the format, stays as it is; or
     budget: what the whole program may cost, of FLOPs, multiply-adds or parameters, where those with weights that are
-        zero are not counted.
+        zero are not counted; or of latency, as estimated for `target`.
     format: "unstructured", blocks of outputs x inputs as "4x1", N of M inputs as "2:4", the same ones in each of V
         outputs as "8:2:4". Sizes that are odd leave smaller blocks at the end.
     criterion: what a weight is worth, a name with options as in `taylor:loss=labels`: one that has a value for every
@@ -75,6 +75,7 @@ class Sparsify(Pass):
         and a stem of up to 4 channels.
     exclude: patterns of layers that stay dense.
     calibration: data for criteria that measure; the example inputs where there is none.
+    target: what a budget of latency refers to.
     compensate: fit the weights that stay, and batch norms, anew on the calibration data (see `graphopt.compensate`);
         where such is given, if it is not said.
     """
@@ -91,6 +92,7 @@ class Sparsify(Pass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     calibration: Any = None
+    target: Any = None
     compensate: bool | None = None
 
     # What subclasses may change ---------------------------------------------------------------------------------------
@@ -118,8 +120,10 @@ class Sparsify(Pass):
         if not layers:
             reason = "there is no layer to be made sparse"
             edit.declined.append(Decline(edit.program.name, reason))
-            if self.budget is not None and amount(edit.program, self.budget.kind) > limit(edit.program, self.budget):
-                raise nothing(edit.program, self.budget, self.name, reason)
+            if self.budget is not None:
+                whole = bill(edit, self.budget, [], form, self.target).whole
+                if whole > self.budget.limit(whole):
+                    raise nothing(edit.program, self.budget, self.name, reason, whole=whole)
             return
         grids = [Grid(layer.outs, layer.taps, layer.channels, form, self.kernels) for layer in layers]
         axes = infer(edit.program)
@@ -137,6 +141,8 @@ class Sparsify(Pass):
             plans = self._plans(edit, layers, grids, scores)
         with torch.inference_mode(False), torch.no_grad():
             self.prune(edit, plans, scores)
+        if self.budget is not None and self.budget.kind == "latency":
+            edit.note("its latency is an estimate by layer; `graphopt compile --explain` shows what kernels make of it")
         if edit.formats and (self.calibration is not None if self.compensate is None else self.compensate):
             data = self.read_calibration(edit)
             if self.compensate or not data.is_example:
@@ -155,15 +161,18 @@ class Sparsify(Pass):
             return form
         if (self.budget is None) == (self.keep is None):
             what = f"{self.name} has a budget and keep" if self.budget else f"{self.name} is not told how much stays"
-            raise BadOption(what=what, way_out="give one of keep=0.1, --flops, --macs and --params")
+            raise BadOption(what=what, way_out="give one of keep=0.1, --flops, --macs, --params, --latency")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise BadOption(
                 what=f"{self.name}: keep={self.keep}", way_out="give the share that stays, above 0, up to 1"
             )
-        if self.budget is not None and self.budget.kind not in _BUDGETS:
+        if self.budget is not None and self.budget.kind not in BUDGETS:
             raise BadOption(
-                what=f"{self.name}: no budget of {self.budget.kind}", way_out=f"give one of {', '.join(_BUDGETS)}"
+                what=f"{self.name}: no budget of {self.budget.kind}: in a file zeros take as many as other values do",
+                way_out=f"give one of {', '.join(BUDGETS)}",
             )
+        if self.budget is not None and self.budget.kind == "latency" and self.target is None:
+            raise BadOption(what=f"{self.name} has a latency budget and no target", way_out="name it with --target")
         if not 0 <= self.minimum < 1:
             raise BadOption(what=f"{self.name}: minimum={self.minimum}", way_out="give a share of all weights below 1")
         return form
@@ -277,20 +286,17 @@ class Sparsify(Pass):
             self._check_reachable(edit, layers, self.keep)
             return sizes if taken.sum() <= self.keep * sizes.sum() else shares(self.keep)
         assert self.budget is not None
-        each = {"flops": 2, "macs": 1}.get(self.budget.kind, 0)
-        costs = [each * layer.times or 1 for layer in layers]
-        whole = amount(edit.program, self.budget.kind)
-        rest = whole - sum(cost * layer.size for cost, layer in zip(costs, layers, strict=True))
+        costs = bill(edit, self.budget, layers, grids[0].form, self.target)
 
         def cost(keep: float) -> float:
             kept = [grid.stored(own, self.by_row) for grid, own in zip(grids, shares(keep), strict=True)]
-            return rest + sum(cost * own for cost, own in zip(costs, kept, strict=True))
+            return costs.of(np.array(kept, np.float64))
 
-        allowed = limit(edit.program, self.budget)
-        if rest + sum(cost * own for cost, own in zip(costs, taken, strict=True)) <= allowed:
+        allowed = self.budget.limit(costs.whole)
+        if costs.of(taken) <= allowed:
             return sizes
         if (keep := largest(cost, allowed)) <= 0:
-            raise unreachable(edit.program.name, self.budget, cost(0.0), whole)
+            raise unreachable(edit.program.name, self.budget, cost(0.0), costs.whole)
         return shares(keep)
 
     def _check_reachable(self, edit: Edit, layers: Sequence[SparseLayer], keep: float) -> None:

@@ -88,10 +88,12 @@ def test_the_cut_cannot_leave_so_little() -> None:
     assert sum(nonzeros(after).values()) < 0.3 * summary(before).total.params
 
 
-def test_kinds_that_zeros_do_not_change_are_refused_first() -> None:
-    """Before the cut: a budget of bytes is not for zeros."""
+def test_kinds_that_are_not_shared_are_refused_first() -> None:
+    """Before the cut: a budget of bytes is not for zeros, and latency is for each alone."""
     with pytest.raises(BadOption, match="no budget of bytes"):
         shared(Budget("bytes", 0.5))(prepared("resnet18"))
+    with pytest.raises(BadOption, match="cannot share a budget of latency"):
+        shared(Budget("latency", 0.5))(prepared("resnet18"))
 
 
 def test_from_the_front_door() -> None:
