@@ -4,7 +4,8 @@
     python -m benchmarks.token_kernels --target cpu --only sort
 
 Every form runs on several inputs in one program, so that neither calls nor branches learnt from one input count for
-much; times are for one of them, on wasm with the copies into its memory and out of it. Prints a table and writes JSON; pin it to one processor (`taskset -c 1`).
+much; times are for one of them, on wasm with the copies into its memory and out of it. Prints a table and writes JSON;
+pin it to one processor (`taskset -c 1`).
 """
 
 from __future__ import annotations
