@@ -93,7 +93,11 @@ def _lines(axes: Axes) -> Iterator[_Line]:
             continue
         form, dims = forms[name], axes.dims[nodes[name]]
         assert form is not None, "those are left out"
-        for last in {use.view.outputs_last for use in weight.uses}:
+        for view, kept in weight.matrices():
+            last = int(view.outputs_last)
             taps = math.prod(weight.value.shape[2:])
-            sides = ((dims[int(last)], 1, form.rows), (dims[1 - int(last)], taps, form.cols * form.m))
-            yield from (_Line(name, form, dim, copies, width) for dim, copies, width in sides if width > 1)
+            # Where all rows (columns) are alike, there are no blocks, but inputs (outputs) that are dead: they may go.
+            sides = ((dims[last], 1, form.rows, kept.T), (dims[1 - last], taps, form.cols * form.m, kept))
+            for dim, copies, width, lines in sides:
+                if width > 1 and (lines != lines[:1]).any():
+                    yield _Line(name, form, dim, copies, width)

@@ -158,3 +158,15 @@ def test_axes_that_no_block_runs_along() -> None:
     before = sparse(before, "4x1", include=("b",))
     axes = infer(before)
     assert whole_blocks(axes, axes.free()) == {}
+
+
+def test_dead_items_are_no_blocks() -> None:
+    """Inputs that are zero throughout look like N of M; they go one by one all the same, and nothing changes."""
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(8, 16), "b": nn.Linear(16, 8)}
+    dead = torch.tensor([0, 3, 5, 6, 8, 9, 12, 15])
+    layers["b"].weight.data[:, dead] = 0
+    before = program_of(lambda s, x: s.b(s.a(x).relu()), torch.randn(5, 8), **layers)
+    assert ":" in formats(before)["b.weight"]
+    axes = infer(before)
+    assert whole_blocks(axes, axes.free()) == {}
