@@ -15,7 +15,7 @@ from graphopt.passes.tokens.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
-class DiffRate(TokenReduction):
+class Diffrate(TokenReduction):
     """Drop the tokens that the class token looks at least, and merge the next ones into what they are most like.
 
         before  x (b, 197, c) -> attention -> mlp -> ...

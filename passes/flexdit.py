@@ -27,7 +27,7 @@ from graphopt.region import Span, region_of
 
 
 @dataclass(frozen=True)
-class FlexDit(Pass):
+class Flexdit(Pass):
     """Pooling blocks in front, sparse-dense token modules in the middle, the last blocks as they are. To be trained.
 
         before  x (b, 256, c) -> 28 blocks
@@ -105,7 +105,7 @@ def densities(program: Program, grids: Sequence[int], **options: Any) -> dict[in
     found: dict[int, Program] = {}
     shared: dict[str, Any] = {}
     for grid in sorted(grids):
-        found[grid] = FlexDit(grid=grid, **options)(program)
+        found[grid] = Flexdit(grid=grid, **options)(program)
         state = found[grid].exported.state_dict
         for name in state:
             state[name] = shared.setdefault(name, state[name])

@@ -13,7 +13,7 @@ from graphopt.passes.tokens.sites import Where
 
 
 @dataclass(frozen=True)
-class VisionDrop(TokenReduction):
+class Visiondrop(TokenReduction):
     """Behind a quarter, a half and three quarters of the layers, keep the visual tokens that visual tokens attend to.
 
         before  text, 576 visual, text -> 32 layers

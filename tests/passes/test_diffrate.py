@@ -7,7 +7,7 @@ import torch
 import graphopt
 from graphopt.cost import summary
 from graphopt.edit import Edit
-from graphopt.passes.diffrate import DiffRate
+from graphopt.passes.diffrate import Diffrate
 from graphopt.passes.tokens.base import Job
 from tests.transformer_nets import VisionTransformer
 
@@ -31,7 +31,7 @@ def test_deit_small_costs_what_is_published() -> None:
     merging tokens, which the paper leaves out, is 0.2 % more."""
     program = graphopt.capture(VisionTransformer().eval(), (torch.zeros(1, 3, 224, 224),))
     counts = tuple(min(pair) for pair in zip(THROUGH, KEPT, strict=True))
-    options = DiffRate(counts=tuple(n - 1 for n in counts), through=tuple(n - 1 for n in THROUGH))
+    options = Diffrate(counts=tuple(n - 1 for n in counts), through=tuple(n - 1 for n in THROUGH))
     model = Job(options, Edit(program)).segments("macs")
     dense, small = model([196] * 12), model([n - 1 for n in counts])
     assert dense == summary(program).total.macs == published((197,) * 12)

@@ -16,12 +16,12 @@ from graphopt.edit import Edit
 from graphopt.errors import BadOption
 from graphopt.passes import PREPARE
 from graphopt.passes.base import run_passes
-from graphopt.passes.diffrate import DiffRate
+from graphopt.passes.diffrate import Diffrate
 from graphopt.passes.tokens.base import Job
 from graphopt.passes.tokens.masked import KEPT, THROUGH, masked
 from graphopt.program import Program
 from tests.passes.tokens import reference
-from tests.passes.tokens.test_methods import LAYERS, PATCHES, image_of, model_of
+from tests.passes.tokens.vision import LAYERS, PATCHES, image_of, model_of
 from tests.transformer_nets import Attention, VisionTransformer
 
 
@@ -69,7 +69,7 @@ def test_masked_program_computes_what_fewer_tokens_do(batch: int, out: bool, fal
     with torch.no_grad():
         wanted = reference.reduced(model, x, reference.prune_merge(through, kept))
     program = prepared(written_out(model) if out else model, x)
-    options = DiffRate(counts=tuple(kept), through=tuple(through))
+    options = Diffrate(counts=tuple(kept), through=tuple(through))
     module = masked(Job(options, Edit(program))).to_module().eval()
     tables = {THROUGH: tables_of(through), KEPT: tables_of(kept)}
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_masked_program_computes_what_fewer_tokens_do(batch: int, out: bool, fal
 def test_masked_program_with_tables_of_ones_is_the_dense_one() -> None:
     """The logarithm of sizes of one is zero, and no key is hidden."""
     model, x = model_of(1), image_of(2, 2)
-    program = masked(Job(DiffRate(keep=0.5), Edit(prepared(model, x))))
+    program = masked(Job(Diffrate(keep=0.5), Edit(prepared(model, x))))
     with torch.no_grad():
         torch.testing.assert_close(program.run({"x": x})["output"], model(x), atol=1e-5, rtol=1e-4)
 
@@ -92,7 +92,7 @@ def test_hidden_tokens_may_be_huge() -> None:
     with torch.no_grad():
         for block in model.blocks:
             block.attention.project[0].weight *= 30
-    module = masked(Job(DiffRate(keep=0.5), Edit(prepared(model, x)))).to_module().eval()
+    module = masked(Job(Diffrate(keep=0.5), Edit(prepared(model, x)))).to_module().eval()
     tables = {name: tables_of([9, 6, 4]).requires_grad_() for name in (THROUGH, KEPT)}
     got = functional_call(module, tables, (x,))
     got.square().sum().backward()
@@ -124,4 +124,4 @@ def test_models_that_look_at_all_tokens_are_refused(kind: Any) -> None:
     model = kind(dim=32, heads=4, layers=LAYERS, image=32, patch=8, classes=10).eval()
     program = prepared(model, image_of(1, 1))
     with pytest.raises(BadOption, match="looks at all tokens"):
-        masked(Job(DiffRate(keep=0.5), Edit(program)))
+        masked(Job(Diffrate(keep=0.5), Edit(program)))

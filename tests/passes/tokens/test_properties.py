@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphopt.passes.tokens.scores import SCORES
 from tests.passes.tokens.test_masked import Dense, written_out
-from tests.passes.tokens.test_methods import LAYERS, PATCHES, after, image_of, model_of
+from tests.passes.tokens.vision import LAYERS, PATCHES, after, image_of, model_of
 
 COUNTS = (11, 7, 5)
 

@@ -11,7 +11,7 @@ from graphopt.edit import Edit
 from graphopt.errors import BadOption
 from graphopt.passes import PREPARE, make
 from graphopt.passes.base import run_passes
-from graphopt.passes.diffrate import DiffRate
+from graphopt.passes.diffrate import Diffrate
 from graphopt.passes.tokens.base import Job
 from graphopt.passes.tokens.rates import _Learned
 from graphopt.program import Program
@@ -61,7 +61,7 @@ def test_search_is_repeatable_and_can_be_given_again(program: Program) -> None:
 def test_search_ends_at_other_targets(program: Program) -> None:
     """`keep` stands for what the linear schedule would cost; a budget that the first block alone would break is met."""
     images = digits.data()[0]
-    small = DiffRate(keep=0.5, schedule="searched", calibration=[images[:80]], steps=5)(program)
+    small = Diffrate(keep=0.5, schedule="searched", calibration=[images[:80]], steps=5)(program)
     assert [row["kept"] for row in small.records[-1].details if "kept" in row][-1] <= 8
     tight = searched(program, 0.45, steps=5)
     record = tight.records[-1]
@@ -70,7 +70,7 @@ def test_search_ends_at_other_targets(program: Program) -> None:
 
 def test_costs_are_differentiated_with_the_right_sign(program: Program) -> None:
     """More weight on candidates with more tokens costs more; the value is the polynomial's at the counts that run."""
-    job = Job(DiffRate(keep=0.5), Edit(program))
+    job = Job(Diffrate(keep=0.5), Edit(program))
     model = job.segments("flops")
     rates = _Learned(job, model, 0.7 * model([16, 16, 16]))
     assert rates.fixed == [True, False, False]

@@ -1,0 +1,28 @@
+"""Given segments of tokens go, the same for every input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.passes import make
+from tests.passes.tokens.visual import logits_of, program_of
+from tests.transformer_nets import tables
+from tests.vision_language import example, llava
+
+
+@pytest.mark.parametrize("segments", [("4:7",), ("0:2", "10:15"), ("5:24",)])
+def test_segments_are_dropped_behind_a_block(segments: tuple[str, ...]) -> None:
+    """The same tokens for every input; what stays is where it was."""
+    model, inputs = llava(), example(2)
+    small = make("drop-segments", segments=segments, sites=(1,))(program_of(model, inputs))
+    gone = {place for each in segments for place in range(*map(int, each.split(":")))}
+    index = torch.tensor([place for place in range(24) if place not in gone])
+    decoder = model.decoder
+    with torch.no_grad():
+        x = model.embed(inputs["input_ids"], inputs["pixels"])
+        for number, block in enumerate(decoder.blocks):
+            x = block(x, *tables(index if number > 1 else torch.arange(24), decoder.size))
+            x = x[:, index] if number == 1 else x
+        wanted = decoder.head(decoder.norm(x))
+    torch.testing.assert_close(logits_of(small, inputs), wanted, atol=2e-5, rtol=1e-4)

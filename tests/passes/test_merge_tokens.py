@@ -1,0 +1,35 @@
+"""Token Merging equals its formulas; what is the same is merged without loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.passes.tokens.vision import PATCHES, after, image_of, model_of
+from tests.tome import MergedVisionTransformer
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("counts", [(12, 9, 7), (8, 8, 4), (16, 11, 11)])
+def test_merge_tokens_is_token_merging(batch: int, counts: tuple[int, ...]) -> None:
+    """The pass equals ToMe with proportional attention over several layers; a count that stays merges nothing."""
+    model, x = model_of(1), image_of(2, batch)
+    removed = [before - now for before, now in zip((PATCHES, *counts), counts, strict=False)]
+    with torch.no_grad():
+        wanted = MergedVisionTransformer(model, removed)(x)
+    torch.testing.assert_close(after(model, x, "merge-tokens", counts=counts)[1], wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reducer", ["bipartite", "cluster", "transform:tau=0.001,spread=1"])
+def test_duplicates_are_merged_without_loss(reducer: str) -> None:
+    """Patches that come in equal pairs: merging each pair, counted twice by attention, changes nothing (ToMe)."""
+    model, x = model_of(7), image_of(8, 2)
+    with torch.no_grad():
+        model.position[:, 2::2] = model.position[:, 1::2]
+        x = x.view(2, 3, 4, 8, 2, 2, 8)
+        x[:, :, :, :, :, 1] = x[:, :, :, :, :, 0]
+        x = x.reshape(2, 3, 32, 32)
+        wanted = model(x)
+    score = "uniform"  # in bit-reversed order: the first half are every other token
+    got = after(model, x, "prune-tokens", reducer=reducer, score=score, counts=(8,), sites=(0,))[1]
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)

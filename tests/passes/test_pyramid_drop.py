@@ -1,0 +1,66 @@
+"""Visual tokens drop in stages, as PyramidDrop's formulas say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import graphopt
+from graphopt.errors import BadOption
+from graphopt.passes import make
+from tests.passes.tokens.visual import by_last, logits_of, program_of, staged
+from tests.vision_language import BEFORE, BEHIND, VISUAL, example, llava
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_pyramid_drop_equals_its_formulas(positions: str, cached: bool) -> None:
+    """Stages behind layers 1, 2, 3 of 4; each layer's keys and values are those of the tokens that it has."""
+    model, inputs = llava(cached), example()
+    small = make("pyramid-drop", positions=positions)(program_of(model, inputs))
+    kept = [row["kept"] for row in small.records[-1].details if "kept" in row]
+    assert kept == [VISUAL // 2, VISUAL // 4, VISUAL // 8]
+    stages = {number: by_last(count) for number, count in enumerate(kept)}
+    with torch.no_grad():
+        logits, cache, _ = staged(model, inputs, stages, positions == "renumber")
+    got = list(small.run(inputs).values())
+    assert got[0].shape[1] == BEFORE + BEHIND + VISUAL // 8
+    for mine, theirs in zip(got, [logits, *cache] if cached else [logits], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_positions_that_are_kept_and_given_anew_differ() -> None:
+    """Two different methods, which nobody may merge."""
+    model, inputs = llava(), example()
+    program = program_of(model, inputs)
+    kept, anew = (logits_of(make("pyramid-drop", positions=way)(program), inputs) for way in ("keep", "renumber"))
+    assert (kept - anew).abs().max() > 1e-3
+
+
+def test_the_query_of_the_last_token_alone_is_computed() -> None:
+    """What ranking costs at a stage: the next layer's keys for all, its query for one."""
+    model, inputs = llava(), example()
+    small = make("pyramid-drop", sites=(0,), counts=(4,))(program_of(model, inputs))
+    dim, tokens, kv = 32, BEFORE + VISUAL + BEHIND, 16
+    added = small.records[-1].details[-1]["reduction_flops"]
+    keys, query = 2 * tokens * dim * kv, 2 * dim * dim
+    assert keys + query < added < keys + query + 2 * tokens * dim * 8  # norms, positions, one row of the map
+
+
+def test_keeping_all_changes_no_bit() -> None:
+    """Shares of 1 at every stage."""
+    model, inputs = llava(), example(2)
+    program = program_of(model, inputs)
+    same = make("pyramid-drop", counts=(VISUAL,) * 3)(program)
+    assert torch.equal(logits_of(same, inputs), logits_of(program, inputs))
+
+
+def test_visual_tokens_of_text_alone_must_be_named() -> None:
+    """A causal model without an image input: which tokens may go cannot be told, and the error says how to say it."""
+    from tests.transformer_nets import Llama
+
+    model = Llama(dim=32, heads=4, groups=2, layers=4, hidden=48, words=50).eval()
+    program = graphopt.capture(model, (torch.arange(12)[None],))
+    with pytest.raises(BadOption, match="START:STOP"):
+        make("pyramid-drop")(program)
+    assert make("pyramid-drop", tokens="2:10")(program).records[-1].changed
