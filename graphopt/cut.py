@@ -102,11 +102,13 @@ def _bring_back(edit: Edit, region: Region, kept: Kept) -> None:
         readers.setdefault(node, []).append(user)
     for node, users in readers.items():
         dims = region.along(node)
-        if len(dims) != 1 or (
-            not region.is_stream(node) and find(results_of(region.dims[node])[0][dims[0]]) is not find(region.tokens)
-        ):
+        own = find(results_of(region.dims[node])[0][dims[0]]) if len(dims) == 1 else None
+        if own is find(region.tokens):
+            span = Span(dims[0], region.where.start, region.where.stop)
+        elif own is find(region.span):  # class tokens were taken off
+            span = Span(dims[0], 0, region.where.size)
+        else:
             raise CannotShrink(axis=place(node), reason="all tokens are wanted again in a form that they do not have")
-        span = Span(dims[0], region.where.start, region.where.stop)
         base = region.at if region.is_stream(node) else None
         first = min(users, key=order.__getitem__)
         whole = inline(edit, lambda y, own, x, at=span: unfold(y, own, at, x), node, kept, base, like=first)
