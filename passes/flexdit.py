@@ -53,7 +53,7 @@ class Flexdit(Pass):
     name: ClassVar[str] = "flexdit"
     lossless: ClassVar[bool] = False
 
-    grid: int
+    grid: int = 8
     poolings: int = 2
     modules: int = 4
     sparse: int = 3
