@@ -186,13 +186,21 @@ def remarks(records: Sequence[Record]) -> list[str]:
 
 
 def agreement(before: Program, after: Program, data: Calibration) -> tuple[Agreement, ...]:
-    """Compare the outputs of two programs on calibration data."""
+    """Compare the outputs of two programs on calibration data; of those with fewer tokens the last one."""
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in data:
         wanted, got = before.run(batch), after.run(batch)
         for name, value in wanted.items():
-            if value.is_floating_point() and value.numel():
+            if not value.is_floating_point() or not value.numel():
+                continue
+            if value.shape == got[name].shape:
                 pairs.setdefault(name, []).append((value.double(), got[name].double()))
+                continue
+            # It leaves with fewer tokens; the last is the one that the next word comes from.
+            shrunk = [dim for dim, (a, b) in enumerate(zip(value.shape, got[name].shape, strict=True)) if a != b]
+            if len(shrunk) == 1:
+                last = tuple(each.select(shrunk[0], -1).double() for each in (value, got[name]))
+                pairs.setdefault(f"{name}, last token", []).append(last)
     return tuple(_agreement(name, items) for name, items in pairs.items())
 
 

@@ -7,6 +7,7 @@ import torch
 
 import graphopt
 from graphopt.errors import BadOption
+from graphopt.optimize import plan, reduce
 from graphopt.passes import make
 from tests.passes.tokens.visual import by_last, logits_of, program_of, staged
 from tests.vision_language import BEFORE, BEHIND, VISUAL, example, llava
@@ -64,3 +65,15 @@ def test_visual_tokens_of_text_alone_must_be_named() -> None:
     with pytest.raises(BadOption, match="START:STOP"):
         make("pyramid-drop")(program)
     assert make("pyramid-drop", tokens="2:10")(program).records[-1].changed
+
+
+def test_the_reduced_model_compiles_and_is_compared_at_its_last_token() -> None:
+    """`optimize` says how far the last logits are; the machine code gives what PyTorch does, keys and values too."""
+    model, inputs = llava(True), example()
+    done = reduce(program_of(model, inputs), plan(["pyramid-drop:positions=keep"], None, {}))
+    assert {each.output for each in done.agreement} >= {"output_0, last token", "output_1"}
+    wanted = done.after.run(inputs)
+    with graphopt.compile(done.after, target="cpu") as bundle:
+        got = bundle.run({name: value.numpy() for name, value in inputs.items()})
+    for name, value in wanted.items():
+        torch.testing.assert_close(torch.from_numpy(got[name]), value, atol=1e-4, rtol=1e-4)
