@@ -10,7 +10,8 @@ looked up at the tokens that stay. Where all tokens are wanted again they come b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from graphopt.axes.axis import parts
 from graphopt.edit import Edit
 from graphopt.errors import CannotShrink
 from graphopt.inline import inline
+from graphopt.orders import Order, Orders, Turn, mark
 from graphopt.place import place
 from graphopt.region import Region, Span
 from graphopt.shrink import rewrite
@@ -55,7 +57,7 @@ class Kept:
 pytree.register_dataclass(Kept)
 
 
-def cut(edit: Edit, region: Region, kept: Kept, *, positions: Positions = "keep") -> Node:
+def cut(edit: Edit, region: Region, kept: Kept, *, positions: Positions = "keep", orders: Orders | None = None) -> Node:
     """Let the calls of a region run on the kept tokens; gives the value that they read instead of `region.at`.
 
     Args:
@@ -64,6 +66,7 @@ def cut(edit: Edit, region: Region, kept: Kept, *, positions: Positions = "keep"
         kept: nodes in front of the region's first call.
         positions: "keep": tables of positions and masks are looked up at the kept tokens, so for these the result is
             the same as if the others were masked out. "renumber": the kept tokens take the first places.
+        orders: where the tokens stand that there are now, of cuts in front of this one; brought up to date.
 
     Raises:
         CannotShrink: something that has the tokens cannot be looked up for each sample.
@@ -72,29 +75,60 @@ def cut(edit: Edit, region: Region, kept: Kept, *, positions: Positions = "keep"
     count = int(kept.index.meta["val"].shape[1])
     reduced = inline(edit, lambda x, own: fold(x, own, where), region.at, kept, like=first)
     index = inline(edit, _whole_index, kept.index, int(region.at.meta["val"].shape[where.dim]), where, like=first)
+    before = Orders() if orders is None else replace(orders)
+    size = int(region.at.meta["val"].shape[where.dim])
+    after = before.advance(edit, index, list(region.wholes), size, first)
+    places = {order: after.ranks(edit, before, order, first) if order else index for order in region.wholes}
     crossing: dict[Node, list[Node]] = {}
     for source, reader in region.crossings:
         crossing.setdefault(reader, []).append(source)
     done: dict[tuple[Node, int], Node] = {}
-    keep = {find(region.span): torch.arange(count)}
+    turned: dict[Node, Node] = {}
+    turns: dict[tuple[Order, Order], Node] = {}
+    keep = {span: torch.arange(number) for span, number in region.counts(count).items()}
     for node in region.nodes:
-        swapped = {region.at: reduced}
+        swapped = {region.at: reduced, **turned}
         for source in crossing.get(node, ()):
             rank = _rank_for(region, source, node)
             if (source, rank) not in done:
-                done[source, rank] = _crossed(edit, region, kept, index, source, node, rank, positions)
+                done[source, rank] = _crossed(edit, region, kept, places, source, node, rank, positions)
             swapped[source] = done[source, rank]
         for old, new in swapped.items():
             node.replace_input_with(old, new)
+        if (turn := region.turns.get(node)) is not None:
+            if (turn.before, turn.after) not in turns:
+                turns[turn.before, turn.after] = after.turned(edit, turn, first)
+            turned[node] = _turn(edit, region, node, turn, turns[turn.before, turn.after])
+            continue
         literals = region.literals.get(node, {})
         names = {value.name: swapped.get(value, value) for value in literals.values() if isinstance(value, Node)}
         rewrite(node, literals, region.targets.get(node), keep, names)
         edit.infer(node)
-    _bring_back(edit, region, kept)
+    if orders is not None:
+        orders.size, orders.places = after.size, after.places
+    _bring_back(edit, region, kept, turned)
+    for node in reversed(turned):
+        if not node.users:
+            edit.graph.erase_node(node)
     return reduced
 
 
-def _bring_back(edit: Edit, region: Region, kept: Kept) -> None:
+def _turn(edit: Edit, region: Region, node: Node, turn: Turn, index: Node) -> Node:
+    """The tokens that stay in another order, instead of a lookup of all by a stored permutation."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    old = next(each for each in (node, *node.all_input_nodes) if region.dims.get(each))
+    dims = results_of(region.dims[old])[0]
+    batch = next((n for n, a in enumerate(dims) if region.batch is not None and find(a) is find(region.batch)), None)
+    shape = tuple(map(int, source.meta["val"].shape))
+    if batch is None and region.batch is not None and region.batch.extent > 1:
+        raise CannotShrink(axis=place(node), reason="all samples share what it puts in another order")
+    found: Node = inline(edit, _look_up, source, index, turn.dim, (shape[turn.dim],), 0, batch, like=node)
+    mark(found, turn)
+    return found
+
+
+def _bring_back(edit: Edit, region: Region, kept: Kept, turned: Mapping[Node, Node]) -> None:
     """Give all tokens to the calls outside of a region that read results of it."""
     order = {node: place for place, node in enumerate(edit.graph.nodes)}
     readers: dict[Node, list[Node]] = {}
@@ -104,14 +138,16 @@ def _bring_back(edit: Edit, region: Region, kept: Kept) -> None:
         dims = region.along(node)
         own = find(results_of(region.dims[node])[0][dims[0]]) if len(dims) == 1 else None
         if own is find(region.tokens):
-            span = Span(dims[0], region.where.start, region.where.stop)
-        elif own is find(region.span):  # class tokens were taken off
+            span = replace(region.where, dim=dims[0])
+        elif own is find(region.spans[0]) and region.where.hole is None:  # class tokens were taken off
             span = Span(dims[0], 0, region.where.size)
         else:
             raise CannotShrink(axis=place(node), reason="all tokens are wanted again in a form that they do not have")
         base = region.at if region.is_stream(node) else None
         first = min(users, key=order.__getitem__)
-        whole = inline(edit, lambda y, own, x, at=span: unfold(y, own, at, x), node, kept, base, like=first)
+        whole = inline(
+            edit, lambda y, own, x, at=span: unfold(y, own, at, x), turned.get(node, node), kept, base, like=first
+        )
         for user in users:
             user.replace_input_with(node, whole)
 
@@ -128,6 +164,8 @@ def fold(x: Tensor, kept: Kept, where: Span) -> Tensor:
         where: the tokens that may go.
     """
     tokens = _front(x, where.dim)
+    if where.hole is not None and (kept.matrix is not None or kept.sources is not None):
+        raise CannotShrink(axis="tokens", reason="one in the middle stays, so tokens can be dropped but not merged")
     if kept.matrix is not None:
         flat = tokens.flatten(2)
         span = torch.matmul(kept.matrix, flat[:, where.start : where.stop])
@@ -201,8 +239,13 @@ def add_rows(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 def _whole_index(index: Tensor, size: int, where: Span) -> Tensor:
-    """Indices among all `size` tokens; those in front of and behind the span stay."""
+    """Indices among all `size` tokens; those in front of and behind the span stay, and that in its middle."""
     batch = index.shape[0]
+    if where.hole is not None:
+        half, hole = index.shape[1] // 2, where.hole - where.start
+        index = index + (index >= hole)
+        middle = torch.full((batch, 1), hole, dtype=index.dtype)
+        index = torch.cat([index[:, :half], middle, index[:, half:]], 1)
     pieces = [torch.arange(where.start).expand(batch, -1)] if where.start else []
     pieces.append(index + where.start if where.start else index)
     if size > where.stop:
@@ -237,7 +280,14 @@ def _rank_for(region: Region, source: Node, reader: Node) -> int:
 
 
 def _crossed(
-    edit: Edit, region: Region, kept: Kept, index: Node, source: Node, reader: Node, rank: int, positions: Positions
+    edit: Edit,
+    region: Region,
+    kept: Kept,
+    wholes: Mapping[Order, Node],
+    source: Node,
+    reader: Node,
+    rank: int,
+    positions: Positions,
 ) -> Node:
     if region.is_stream(source):
         return inline(edit, lambda x, own: fold(x, own, region.where), source, kept, like=reader)
@@ -247,8 +297,11 @@ def _crossed(
     for dim in region.along(source):
         factors = parts(dims[dim], "product")
         which = next(n for n, factor in enumerate(factors) if region.carries(factor))
-        places = index if find(factors[which]) is find(region.tokens) else kept.index
-        if find(factors[which]) not in (find(region.tokens), find(region.span)):
+        own = find(factors[which])
+        places = next((wholes[order] for order, axis in region.wholes.items() if own is find(axis)), kept.index)
+        if own not in (find(region.spans[0]), *map(find, region.wholes.values())) or (
+            places is kept.index and region.where.hole is not None
+        ):
             raise CannotShrink(axis=place(source), reason="it has only some of the tokens")
         shape = tuple(factor.extent for factor in factors)
         if positions == "renumber":

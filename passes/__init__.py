@@ -48,6 +48,7 @@ PASSES: dict[str, str] = {
     "drop-segments": "graphopt.passes.drop_segments:DropSegments",
     "flexdit": "graphopt.passes.flexdit:Flexdit",
     "semantic-tokens": "graphopt.passes.semantic_tokens:SemanticTokens",
+    "prune-scan-tokens": "graphopt.passes.prune_scan_tokens:PruneScanTokens",
     "merge-experts": "graphopt.passes.merge_experts:MergeExperts",
     "decompose-experts": "graphopt.passes.decompose_experts:DecomposeExperts",
 }

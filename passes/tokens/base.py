@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from graphopt.cut import Kept, Positions, cut
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, CannotShrink, Decline, NothingToCut
 from graphopt.inline import inline
+from graphopt.orders import Orders
 from graphopt.passes.base import Pass
 from graphopt.passes.checks import check_share
 from graphopt.passes.named import named_in, near
@@ -77,6 +78,7 @@ class TokenReduction(Pass):
     until: int | None = None
     trace: bool = False
     default_keep: ClassVar[float | None] = None
+    meets: ClassVar[str] = "attention"  # how tokens meet each other
     schedules: ClassVar[tuple[str, ...]] = tuple(SCHEDULES)
 
     # The pass ---------------------------------------------------------------------------------------------------------
@@ -84,9 +86,11 @@ class TokenReduction(Pass):
     def apply(self, edit: Edit) -> None:
         """See Pass. Raises BadOption, BudgetUnreachable, NothingToCut."""
         self.check()
-        job = Job(self, edit)
+        job = self.job(edit)
         if not job.places:
-            reason = "; ".join(str(each.reason) for each in job.declined) or "there is no attention in a residual block"
+            reason = (
+                "; ".join(str(each.reason) for each in job.declined) or f"there is no {self.meets} in a residual block"
+            )
             edit.declined += job.declined
             edit.declined.append(Decline(edit.program.name, f"there is no place to reduce tokens at: {reason}"))
             if self.budget is not None:
@@ -102,6 +106,10 @@ class TokenReduction(Pass):
         if not edit.changed and min(wanted) < job.span.size:
             reasons = dict.fromkeys(str(each.reason) for each in job.declined)
             edit.note(f"no tokens could be reduced: {'; '.join(reasons)}")
+
+    def job(self, edit: Edit) -> Job:
+        """The run over a graph."""
+        return Job(self, edit)
 
     def check(self) -> None:
         """Options that contradict each other. Raises BadOption."""
@@ -186,9 +194,11 @@ def _fits(model: Segments, allowed: float, wanted: Sequence[int]) -> bool:
 
 def places_of(options: TokenReduction, program: Program) -> tuple[int, Span]:
     """How many blocks the stream that a pass would reduce has, and which tokens may go. Raises NothingToCut."""
-    job = Job(options, Edit(program))
+    job = options.job(Edit(program))
     if not job.places:
-        reason = "; ".join(str(each.reason) for each in job.declined) or "there is no attention in a residual block"
+        reason = (
+            "; ".join(str(each.reason) for each in job.declined) or f"there is no {options.meets} in a residual block"
+        )
         raise NothingToCut(file=program.name, kind="flops", asked="fewer tokens", name=options.name, reason=reason)
     return job.blocks, job.span
 
@@ -198,11 +208,19 @@ class Job:
 
     def __init__(self, options: TokenReduction, edit: Edit) -> None:
         self.options, self.edit = options, edit
-        axes = infer(edit.program)
-        found, self.declined = blocks(edit, axes)
-        self.attentions = attentions(edit)
-        self.places: list[Site] = []
         self.reducer, self.score = options.made_reducer, options.made_score
+        self.places: list[Site] = []
+        self.until: Node | None = None
+        self.blocks = 0
+        self.orders = Orders()
+        self.attentions = attentions(edit)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Find the places, and the tokens that may go. Raises BadOption."""
+        options = self.options
+        axes = infer(self.edit.program)
+        found, self.declined = blocks(self.edit, axes)
         if not found:
             return
         groups = streams(found)
@@ -210,7 +228,6 @@ class Job:
             raise BadOption(what=f"{options.name}: stream={options.stream}", way_out=f"there are {len(groups)}, from 0")
         chosen = max(range(len(groups)), key=lambda n: (len(groups[n]), n))
         found = groups[chosen if options.stream is None else options.stream]
-        self.until = None
         if options.until is not None:
             if not 0 <= options.until < len(found):
                 raise BadOption(
@@ -241,9 +258,13 @@ class Job:
             until=self.until,
         )
 
+    def cut(self, region: Region, kept: Kept) -> None:
+        """Let a region run on the kept tokens."""
+        cut(self.edit, region, kept, positions=self.options.positions, orders=self.orders)
+
     def again(self) -> Job:
         """The same job on a graph of its own."""
-        job = Job(self.options, Edit(self.edit.program))
+        job = type(self)(self.options, Edit(self.edit.program))
         job.reducer = self.reducer
         return job
 
@@ -275,13 +296,13 @@ class Job:
                     what=f"{self.options.name}: {count} of {now} tokens at {site.name}",
                     way_out=f"{self.reducer.name} leaves at least {self.reducer.least(now)}",
                 )
-            here = Span(site.dim, span.start, span.start + now)
+            here = replace(span, dim=site.dim).of(now)
             region = self.region(site, here)
             if not region.nodes:
                 self.declined.append(Decline(place(site.at), "nothing behind it can do with fewer tokens"))
                 continue
             kept = self.choose(site, here, region, size, count, self.reducer.at(number))
-            cut(self.edit, region, kept, positions=self.options.positions)
+            self.cut(region, kept)
             mark(self.edit, kept, now)
             self.edit.count("place")
             self.edit.details.append({"block": site.block, "name": site.name, "tokens": now, "kept": count})
@@ -297,7 +318,11 @@ class Job:
         if self.options.proportional:
             for attention, own, where in sized.values():
                 add_to_keys(self.edit, attention, self.bias(attention, own, where))
+        self.finish()
         self.edit.graph.eliminate_dead_code()
+
+    def finish(self) -> None:
+        """What is done when all places are."""
 
     def bias(self, attention: Attention, size: Node, where: Span) -> Node:
         """The logarithm of how many tokens each key stands for, (b, keys)."""

@@ -130,7 +130,7 @@ def split_projection(edit: Edit, attention: Attention) -> None:
     """
     order = list(edit.graph.nodes)
     roots = [attention.query, attention.key, attention.value]
-    above = [_ancestors(root) for root in roots]
+    above = [ancestors(root) for root in roots]
     for layer in order:
         if base_name(layer) != "linear" or sum(layer in own for own in above) < 2:
             continue
@@ -142,7 +142,8 @@ def split_projection(edit: Edit, attention: Attention) -> None:
     edit.graph.eliminate_dead_code()
 
 
-def _ancestors(node: Node) -> set[Node]:
+def ancestors(node: Node) -> set[Node]:
+    """What a value is computed from, itself included."""
     found: set[Node] = set()
     todo = [node]
     while todo:

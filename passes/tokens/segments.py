@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.axes import find, results_of
+from graphopt.axes import Axis, find, results_of
 from graphopt.cost.formulas import Shaped, counts, numbers
 from graphopt.cost.polynomial import Polynomial
 from graphopt.edit import Edit
@@ -23,12 +23,12 @@ class Segments:
     """
 
     def __init__(self, region: Region, polynomials: Sequence[Polynomial], rest: int) -> None:
-        self._span, self._polynomials, self._rest = find(region.span), polynomials, rest
+        self._counts, self._polynomials, self._rest = region.counts, polynomials, rest
 
     def __call__(self, wanted: Sequence[int]) -> int:
         """The cost where so many tokens of the span stay behind each place."""
         own = zip(self._polynomials, wanted, strict=True)
-        return self._rest + sum(polynomial({self._span: count}) for polynomial, count in own)
+        return self._rest + sum(polynomial(self._counts(count)) for polynomial, count in own)
 
     def expected(self, wanted: Sequence[Tensor]) -> Tensor:
         """The same for numbers of tokens that are differentiated, in double precision."""
@@ -47,8 +47,8 @@ def segments_of(edit: Edit, region: Region, places: Sequence[Node], kind: str) -
     order = list(edit.graph.nodes)
     inside = set(region.nodes)
     behind = [descendants(order, at) for at in places]
-    span = find(region.span)
-    shapes = {node: _shaped(node, region.dims.get(node), span) for node in order}
+    spans = set(map(find, region.spans))
+    shapes = {node: _shaped(node, region.dims.get(node), spans) for node in order}
     sums: list[list[Any]] = [[] for _ in places]
     rest = 0
     for node in order:
@@ -59,16 +59,17 @@ def segments_of(edit: Edit, region: Region, places: Sequence[Node], kind: str) -
             continue
         number = max(n for n, own in enumerate(behind) if node in own)
         sums[number].append(getattr(counts(node, shapes.__getitem__), kind))
-    span.label = span.label or "n"
+    for span in spans:
+        span.label = span.label or "n"
     return Segments(region, [Polynomial.sum(own) for own in sums], rest)
 
 
-def _shaped(node: Node, dims: Any, span: Any) -> tuple[Shaped, ...]:
+def _shaped(node: Node, dims: Any, spans: set[Axis]) -> tuple[Shaped, ...]:
     plain = tuple(numbers(node))
     known = results_of(dims) if dims else []
     if [len(own) for own in known] != [len(result.shape) for result in plain]:
         return plain
     return tuple(
-        Shaped(tuple(Polynomial.of(axis, lambda atom: atom is span) for axis in own), result.item_bytes)
+        Shaped(tuple(Polynomial.of(axis, lambda atom: atom in spans) for axis in own), result.item_bytes)
         for own, result in zip(known, plain, strict=True)
     )

@@ -64,7 +64,7 @@ def test_whatever_treats_tokens_alike_is_inside() -> None:
     assert not region.ends
     assert {"linear", "layer_norm"} <= set(names(region.nodes))
     assert "scaled_dot_product_attention" in names(region.nodes)
-    assert region.span.extent == N - 1
+    assert region.spans[0].extent == N - 1
     assert region.tokens.extent == N
     assert region.batch is not None
     assert region.batch.extent == 2

@@ -1,0 +1,181 @@
+"""Tokens of state-space models: every direction visits what stays in its own order, and knows what went between."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.budget import Budget
+from graphopt.errors import BadOption, NothingToCut
+from graphopt.passes import PREPARE, make
+from graphopt.passes.base import run_passes
+from graphopt.program import Program
+from tests.hard_sequences import Mamba
+from tests.token_models import PlainMamba, ScanBlock, Vim, grid_orders
+
+SIDE = 4
+N = SIDE * SIDE
+
+
+def model_of(kind: type[nn.Module], layers: int = 3) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(layers=layers).eval()
+
+
+def image_of(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def captured(kind: type[nn.Module], layers: int, batch: int) -> Program:
+    return run_passes(graphopt.capture(model_of(kind, layers), (image_of(batch),)), PREPARE)
+
+
+def after(model: nn.Module | Program, x: Tensor, **options: Any) -> tuple[Program, Tensor]:
+    program = model if isinstance(model, Program) else run_passes(graphopt.capture(model, (x,)), PREPARE)
+    small = make("prune-scan-tokens", **options)(program)
+    return small, small.run({"x": x})["output"]
+
+
+def visits(order: Tensor, index: Tensor, middle: bool) -> Tensor:
+    """The kept tokens, by number among the kept, as a direction visits them: in its order on the whole grid."""
+    if middle:  # forwards or backwards; the class token stays in the middle
+        return torch.arange(len(index)) if order[0] == 0 else torch.arange(len(index)).flip(0)
+    return order.argsort()[index].argsort()
+
+
+def run_block(block: ScanBlock, x: Tensor, index: Tensor, align: bool, middle: bool) -> tuple[Tensor, Tensor]:
+    """A block on the tokens `index` of the grid, one sample; and what its scans give."""
+    y, gate = block.enter(block.norm(x)).chunk(2, -1)
+    total: Any = 0
+    for number in range(len(block.orders)):
+        order = getattr(block, f"order{number}")
+        visit = visits(order, index, middle)
+        places = order.argsort()[index][visit]
+        gap = torch.cat([torch.ones(1), (places[1:] - places[:-1]).clamp(min=1)])[None]
+        one = block.scan(y[:, visit], gap if align else None)
+        total = total + one[:, visit.argsort()]
+    return x + block.leave(total * F.silu(gate)), total
+
+
+def reference(model: Any, x: Tensor, counts: list[int | None], align: bool) -> Tensor:
+    """One sample from the formulas: behind block i, `counts[i]` tokens of the highest sum of max(0, y) stay."""
+    vim = isinstance(model, Vim)
+    x = model.patch(x).flatten(2).transpose(1, 2)
+    if vim:
+        x = torch.cat([x[:, : model.middle], model.cls, x[:, model.middle :]], 1) + model.position
+    index, cls = torch.arange(x.shape[1]), model.middle if vim else -1
+    for block, count in zip(model.blocks, counts, strict=True):
+        x, y = run_block(block, x, index, align, vim)
+        if count is None:
+            continue
+        patches = torch.tensor([n for n in range(x.shape[1]) if n != cls])
+        stay = patches[y.clamp(min=0).sum(-1)[0, patches].topk(count).indices.sort().values]
+        if vim:
+            stay = torch.cat([stay[: count // 2], torch.tensor([cls]), stay[count // 2 :]])
+            cls = count // 2
+        x, index = x[:, stay], index[stay]
+    x = model.norm(x)
+    return model.head(x[:, cls] if vim else x.mean(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("kind", [PlainMamba, Vim])
+def test_equals_its_formulas(kind: type[nn.Module], align: bool, batch: int) -> None:
+    """Two places, one behind the other; four ways through a grid, or two with the class token in the middle."""
+    model, x = model_of(kind), image_of(batch)
+    small, got = after(captured(kind, 3, batch), x, sites=(0, 1), counts=(12, 6), align=align)
+    with torch.no_grad():
+        wanted = torch.cat([reference(model, x[n : n + 1], [12, 6, None], align) for n in range(batch)])
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
+    assert small.records[-1].changed["place"] == 2
+
+
+@pytest.mark.parametrize("kind", [PlainMamba, Vim])
+def test_keeping_all_changes_no_bit(kind: type[nn.Module]) -> None:
+    program, x = captured(kind, 3, 2), image_of(2)
+    small, got = after(program, x, sites=(0, 1), counts=(N, N))
+    assert torch.equal(got, program.run({"x": x})["output"])
+    assert not small.records[-1].changed
+
+
+def test_alignment_is_the_whole_scan_with_nothing_fed_where_tokens_are_gone() -> None:
+    """Where all steps are the same: exp(D A)^(gap) decays as the places do at which B x is 0, in every direction."""
+    model, x = model_of(PlainMamba, 2), image_of(1)
+    for block in model.blocks:
+        nn.init.zeros_(block.step.weight)
+    _, got = after(model, x, sites=(0,), counts=(7,), align=True)
+    with torch.no_grad():
+        tokens = model.patch(x).flatten(2).transpose(1, 2)
+        tokens, y = run_block(model.blocks[0], tokens, torch.arange(N), True, False)
+        stay = y.clamp(min=0).sum(-1)[0].topk(7).indices.sort().values
+        fed = torch.zeros(1, N).index_fill(1, stay, 1.0)
+        block = model.blocks[1]
+        y, gate = block.enter(block.norm(tokens)).chunk(2, -1)
+        total = sum(block.scan(y[:, o], fed=fed[:, o])[:, o.argsort()] for o in grid_orders(SIDE))
+        tokens = tokens + block.leave(total * F.silu(gate))
+        wanted = model.head(model.norm(tokens[:, stay]).mean(1))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sub_grid_is_visited_in_the_order_of_the_whole() -> None:
+    """What the reference above stands on: relative order per direction is that of the full grid, not of a new grid."""
+    stay = torch.tensor([0, 2, 8, 10])
+    expected = [[0, 2, 8, 10], [10, 8, 2, 0], [0, 8, 2, 10], [10, 2, 8, 0]]
+    for order, wanted in zip(grid_orders(SIDE), expected, strict=True):
+        assert stay[visits(order, stay, False)].tolist() == wanted
+        assert [token for token in order.tolist() if token in stay.tolist()] == wanted
+
+
+@pytest.mark.parametrize("counts", [(15, 9), (13, 13), (3, 2)])
+def test_the_class_token_survives_in_the_middle_of_an_odd_number(counts: tuple[int, int]) -> None:
+    """Counts are made even beside it; the head still reads the class token."""
+    model, x = model_of(Vim), image_of(2)
+    small, got = after(captured(Vim, 3, 2), x, sites=(0, 1), counts=counts)
+    kept = [row["kept"] for row in small.records[-1].details if "kept" in row]
+    assert kept == sorted({count - count % 2 for count in counts}, reverse=True)
+    wanted = [counts[0] - counts[0] % 2, counts[1] - counts[1] % 2, None]
+    with torch.no_grad():
+        rows = torch.cat([reference(model, x[n : n + 1], wanted, True) for n in range(2)])
+    torch.testing.assert_close(got, rows, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [PlainMamba, Vim])
+def test_flops_are_those_of_the_polynomial_and_within_the_budget(kind: type[nn.Module]) -> None:
+    """Turns and scans of every direction are counted by the tokens that stay."""
+    small, _ = after(captured(kind, 3, 2), image_of(2), sites=(0, 1), budget=Budget("flops", 0.8))
+    record = small.records[-1]
+    assert record.flops_after == record.details[-1]["model_flops"] + record.details[-1]["reduction_flops"]
+    assert 0.7 < record.flops_after / record.flops_before <= 0.8
+
+
+def test_four_fifths_stay_at_each_place_if_nothing_is_said() -> None:
+    """The paper's counts: behind 5, 10 and 15 of 24 blocks; ceil(0.8 (n - 1)), made odd with the class token."""
+    small, _ = after(model_of(PlainMamba, 6), image_of(1))
+    rows = [row for row in small.records[-1].details if "kept" in row]
+    assert [(row["block"], row["kept"]) for row in rows] == [(0, 13), (1, 11), (2, 9)]
+    small, _ = after(model_of(Vim, 6), image_of(1))
+    assert [row["kept"] + 1 for row in small.records[-1].details if "kept" in row] == [13, 11, 9]
+
+
+def test_what_cannot_be_followed_is_left_alone_with_a_reason() -> None:
+    """A scan written step by step; options that contradict each other."""
+    words = torch.arange(12)[None]
+    program = run_passes(graphopt.capture(Mamba().eval(), (words,)), PREPARE)
+    same = make("prune-scan-tokens")(program)
+    assert not same.records[-1].changed
+    assert any("no scan by cumulative sums" in str(each.reason) for each in same.records[-1].declined)
+    with pytest.raises(NothingToCut, match="no scan by cumulative sums"):
+        make("prune-scan-tokens", budget=Budget("flops", 0.5))(program)
+    with pytest.raises(BadOption, match="behind blocks"):
+        make("prune-scan-tokens", where="attention")(program)
+    with pytest.raises(BadOption, match="blocks are 0 to 2"):
+        after(captured(PlainMamba, 3, 1), image_of(1), sites=(3,))
