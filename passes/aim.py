@@ -39,7 +39,8 @@ class Aim(TokenSequence):
     layers: int = 8
 
     def steps(self, program: Program) -> Sequence[TokenReduction]:
-        blocks, span = places_of(PruneTokens(where="block", keep=1.0, tokens=self.tokens), program)
+        places = places_of(PruneTokens(where="block", keep=1.0, tokens=self.tokens), program)
+        blocks, span = places.blocks, places.span
         half = -(-span.size // 2)
         left = max(round(self.merged * span.size), half - half // 2)
         steps: list[TokenReduction] = []
@@ -54,6 +55,7 @@ class Aim(TokenSequence):
                         positions="renumber",
                         proportional=False,
                         outputs="shrink",
+                        stream=places.stream,
                         tokens=f"{span.start}:{span.start + now}",
                     )
                 )
@@ -69,6 +71,7 @@ class Aim(TokenSequence):
                     sites=tuple(sites),
                     counts=tuple(counts),
                     outputs="shrink",
+                    stream=places.stream,
                     tokens=f"{span.start}:{span.start + left}",
                 )
             )

@@ -42,7 +42,8 @@ class LvlmCsp(TokenSequence):
     score: str = "uniform"
 
     def steps(self, program: Program) -> Sequence[TokenReduction]:
-        blocks, span = places_of(PruneTokens(where="block", keep=1.0, tokens=self.tokens), program)
+        places = places_of(PruneTokens(where="block", keep=1.0, tokens=self.tokens), program)
+        blocks, span = places.blocks, places.span
         scatter = blocks // 3 if self.scatter is None else self.scatter
         prune = 2 * blocks // 3 if self.prune is None else self.prune
         tokens = f"{span.start}:{span.stop}"
@@ -55,6 +56,7 @@ class LvlmCsp(TokenSequence):
                     where="block",
                     sites=(max(prune, 1) - 1,),
                     outputs="shrink",
+                    stream=places.stream,
                     tokens=tokens,
                     counts=(max(1, int(self.pruned * span.size)),),
                 )
@@ -66,6 +68,7 @@ class LvlmCsp(TokenSequence):
                     where="input",
                     until=scatter - 1,
                     outputs="shrink",
+                    stream=places.stream,
                     tokens=tokens,
                     counts=(max(1, int(self.clustered * span.size)),),
                 )

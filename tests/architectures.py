@@ -454,7 +454,7 @@ def _build(name: str) -> Built:
 
     def make() -> nn.Module:
         module = AutoModel.from_config(config)
-        _enliven(module)
+        enliven(module)
         return module
 
     return seeded(make), inputs()
@@ -473,7 +473,7 @@ def _config(name: str, values: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def _enliven(module: nn.Module) -> None:
+def enliven(module: nn.Module) -> None:
     """Weights under which every layer counts: as transformers starts them, residual branches are next to nothing, norms
     and biases do nothing, and a wrong one would not show."""
     for child in module.modules():

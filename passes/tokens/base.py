@@ -192,15 +192,24 @@ def _fits(model: Segments, allowed: float, wanted: Sequence[int]) -> bool:
     return model(wanted) <= allowed
 
 
-def places_of(options: TokenReduction, program: Program) -> tuple[int, Span]:
-    """How many blocks the stream that a pass would reduce has, and which tokens may go. Raises NothingToCut."""
+@dataclass(frozen=True)
+class Places:
+    """Of the stream that a pass would reduce: its number, how many blocks it has, which tokens may go."""
+
+    stream: int
+    blocks: int
+    span: Span
+
+
+def places_of(options: TokenReduction, program: Program) -> Places:
+    """Where a pass would reduce tokens. Raises NothingToCut."""
     job = options.job(Edit(program))
     if not job.places:
         reason = (
             "; ".join(str(each.reason) for each in job.declined) or f"there is no {options.meets} in a residual block"
         )
         raise NothingToCut(file=program.name, kind="flops", asked="fewer tokens", name=options.name, reason=reason)
-    return job.blocks, job.span
+    return Places(job.stream, job.blocks, job.span)
 
 
 class Job:
@@ -211,7 +220,7 @@ class Job:
         self.reducer, self.score = options.made_reducer, options.made_score
         self.places: list[Site] = []
         self.until: Node | None = None
-        self.blocks = 0
+        self.stream = self.blocks = 0
         self.orders = Orders()
         self.attentions = attentions(edit)
         self.prepare()
@@ -226,8 +235,9 @@ class Job:
         groups = streams(found)
         if options.stream is not None and not 0 <= options.stream < len(groups):
             raise BadOption(what=f"{options.name}: stream={options.stream}", way_out=f"there are {len(groups)}, from 0")
-        chosen = max(range(len(groups)), key=lambda n: (len(groups[n]), n))
-        found = groups[chosen if options.stream is None else options.stream]
+        longest = max(range(len(groups)), key=lambda n: (len(groups[n]), n))
+        self.stream = longest if options.stream is None else options.stream
+        found = groups[self.stream]
         if options.until is not None:
             if not 0 <= options.until < len(found):
                 raise BadOption(

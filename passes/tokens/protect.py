@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
@@ -11,6 +12,8 @@ from torch.fx import Node
 from graphopt.axes import Axes, find, results_of
 from graphopt.cost.formulas import base_name
 from graphopt.errors import BadOption
+from graphopt.observe import watch
+from graphopt.passes.tokens.attention import Attention
 from graphopt.passes.tokens.sites import Site
 from graphopt.program import Program
 from graphopt.region import Span
@@ -23,8 +26,8 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
     computed from values (an image, sound), not from words and not from stored tensors alone; else all.
 
     Raises:
-        BadOption: `given` is no START:STOP of these tokens; or attention is causal, and which tokens are an image's
-            cannot be told.
+        BadOption: `given` is no START:STOP of these tokens; or which tokens are an image's cannot be told, and some are
+            text for sure: attention is causal, or the image is put where words say.
     """
     size = int(site.at.meta["val"].shape[site.dim])
     if given is not None:
@@ -50,9 +53,15 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
         # Several images: from the first to the last would take the text between them; the longest one it is.
         first, last = max(places, key=lambda place: place[1] - place[0])
         return Span(site.dim, first, last)
-    if site.attention is not None and site.attention.fused and site.attention.causal:
+    scattered = _scattered(axes, node, site.dim, measured)
+    attention = site.attention or site.following
+    if scattered is not None or (attention is not None and _is_causal(axes.program, attention, size)):
+        seen = _places(axes.program, scattered) if scattered is not None else None
         raise BadOption(
-            what=f"which of the {size} tokens are an image's cannot be told", way_out="name them: tokens=START:STOP"
+            what=f"which of the {size} tokens are an image's cannot be told",
+            way_out="name them: tokens=START:STOP"
+            if seen is None
+            else f"name them: tokens={seen}, if they are always where they are in the example inputs",
         )
     return Span(site.dim, 0, size)
 
@@ -70,6 +79,61 @@ def _put_together(axes: Axes, stream: Node, dim: int) -> list[Node]:
         if node is stream:
             break
     return found
+
+
+def _scattered(axes: Axes, stream: Node, dim: int, measured: set[Node]) -> Node | None:
+    """The call that writes what was computed from values to some of a stream's tokens, which its mask tells."""
+    root = find(results_of(axes.dims[stream])[0][dim])
+    for node in axes.program.graph.nodes:
+        if base_name(node) in ("masked_scatter", "masked_scatter_") and measured & set(node.all_input_nodes):
+            dims = results_of(axes.dims[node])[0]
+            if node.args[0] not in measured and len(dims) > dim and find(dims[dim]) is root:
+                return node
+        if node is stream:
+            break
+    return None
+
+
+def _places(program: Program, scattered: Node) -> str | None:
+    """START:STOP of the tokens that are written to with the example inputs; None where they are no one segment."""
+    mask = scattered.args[1]
+    assert isinstance(mask, Node)
+    value = _value(program, mask)
+    if value is None:
+        return None
+    rows = value.expand(scattered.meta["val"].shape).any(-1).reshape(-1, value.shape[-2])
+    places = rows[0].nonzero()[:, 0].tolist()
+    if not places or (rows != rows[0]).any() or places != list(range(places[0], places[-1] + 1)):
+        return None
+    return f"{places[0]}:{places[-1] + 1}"
+
+
+def _is_causal(program: Program, attention: Attention, size: int) -> bool:
+    """Whether no token sees those behind it: the call says so, or the mask does, with the example inputs."""
+    if attention.causal or size < 2:
+        return attention.causal
+    mask = attention.mask
+    if not isinstance(mask, Node) or mask.meta["val"].shape[-2:] != (size, size):
+        return False
+    value = _value(program, mask)
+    if value is None:
+        return False
+    behind = value[..., torch.ones(size, size, dtype=torch.bool).triu(1)]
+    return not bool(behind.any()) if value.dtype is torch.bool else bool((behind <= _NEVER).all())
+
+
+def _value(program: Program, node: Node) -> Tensor | None:
+    """A value with the example inputs; None where there are none, and it is not stored."""
+    if node.name in program.tensors:
+        return program.tensors[node.name]
+    examples = program.example_inputs
+    found: list[Tensor] = []
+    if examples is not None:
+        watch(program, [examples], [node.name], lambda _, value: found.append(value))
+    return found[0] if found else None
+
+
+_NEVER = -1e4  # what masks add to logits that shall not count, or less
 
 
 def _measured(program: Program) -> set[Node]:
