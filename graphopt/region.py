@@ -310,8 +310,10 @@ class _Suffix(Inference):
             if moved and name != "flip":
                 return "it moves tokens to other places"
             state = not state if moved and state is not None else state
-        if state and name in _TAKING and not self._all_in(node):
-            return "tokens in reverse order are taken apart"
+        others = {find(span) for span in self.spans[self.pieces :]}
+        own_atoms = [atoms(axis) for each in sources for dims in results_of(self.dims[each]) for axis in dims]
+        if (state or any(others & set(each) for each in own_atoms)) and name in _TAKING and not self._all_in(node):
+            return f"tokens in {'reverse' if state else 'another'} order are taken apart"
         if node in self.turns and state is not False:
             return "tokens in reverse order are put in another"
         self.backwards[node] = state

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn.functional import adaptive_max_pool2d, pad
+from torch.nn.functional import pad
 
 from graphopt.axes import infer
 from graphopt.cut import Kept, cut
@@ -130,7 +130,7 @@ def generate(edit: Edit, block: Block, region: Region, count: int) -> Node:
     def pooled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image = x[:, span.start : span.stop]
         side, few = math.isqrt(span.size), math.isqrt(count)
-        cells = adaptive_max_pool2d(image.transpose(1, 2).unflatten(2, (side, side)), few).flatten(2).transpose(1, 2)
+        cells = _pooled(_pooled(image.unflatten(1, (side, side)), 1, few), 2, few).flatten(1, 2)
         tokens = _among(x, cells, span.start, span.stop)
         return image, tokens, torch.cat([tokens, image], 1)
 
@@ -190,6 +190,13 @@ def bring_back(edit: Edit, own: Sequence[Block], whole: Node, image: Node, span:
     attention = attention_of(edit, block.attention.node)
     around = on_tokens(edit, [attention.key, attention.value], again, 1, few, logits_of(attention)[0])
     attend(edit, attention, *around)
+
+
+def _pooled(x: Tensor, dim: int, few: int) -> Tensor:
+    """The largest of each of `few` windows that cover a dimension: adaptive pooling, in operators that compile."""
+    size = x.shape[dim]
+    windows = [(n * size // few, -(-(n + 1) * size // few)) for n in range(few)]
+    return torch.stack([x.narrow(dim, start, stop - start).amax(dim) for start, stop in windows], dim)
 
 
 def _among(x: Tensor, new: Tensor, start: int, stop: int) -> Tensor:
