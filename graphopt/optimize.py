@@ -199,8 +199,8 @@ def agreement(before: Program, after: Program, data: Calibration) -> tuple[Agree
             # It leaves with fewer tokens; the last is the one that the next word comes from.
             shrunk = [dim for dim, (a, b) in enumerate(zip(value.shape, got[name].shape, strict=True)) if a != b]
             if len(shrunk) == 1:
-                last = tuple(each.select(shrunk[0], -1).double() for each in (value, got[name]))
-                pairs.setdefault(f"{name}, last token", []).append(last)
+                last, own = (each.select(shrunk[0], -1).double() for each in (value, got[name]))
+                pairs.setdefault(f"{name}, last token", []).append((last, own))
     return tuple(_agreement(name, items) for name, items in pairs.items())
 
 
