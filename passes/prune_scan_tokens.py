@@ -57,9 +57,15 @@ class PruneScanTokens(TokenReduction):
         """Options that contradict each other. Raises BadOption."""
         if self.where != "block":
             raise BadOption(what=f"{self.name}: where={self.where}", way_out="its places are behind blocks")
-        if not self.given:
-            return
-        super().check()
+        if self.made_score.look != "none":
+            raise BadOption(
+                what=f"{self.name}: score={self.score}", way_out="no attention is there: give clipped, norm"
+            )
+        if not (self.made_reducer.drops and self.made_reducer.ordered):
+            way_out = "neighbours in a scan are none in the image: tokens are dropped, by top-k"
+            raise BadOption(what=f"{self.name}: reducer={self.reducer}", way_out=way_out)
+        if self.given:
+            super().check()
 
     @property
     def given(self) -> bool:
@@ -102,6 +108,11 @@ class ScanJob(Job):
         chosen = self.options.default_sites(len(found)) if self.options.sites is None else self.options.sites
         if unknown := [n for n in chosen if not 0 <= n < len(found)] if found else []:
             raise BadOption(what=f"{self.options.name}: sites={unknown}", way_out=f"blocks are 0 to {len(found) - 1}")
+        if self.options.until is not None and found:
+            if not 0 <= self.options.until < len(found):
+                what = f"{self.options.name}: until={self.options.until}"
+                raise BadOption(what=what, way_out=f"blocks are 0 to {len(found) - 1}")
+            self.until = found[self.options.until].total
         self.scans: dict[int, Scan] = {number: scan for number, scan in enumerate(found) if number in chosen}
         self.places = [Site(n, scan.name, scan.total, scan.dim, None, None) for n, scan in self.scans.items()]
         if not self.places:

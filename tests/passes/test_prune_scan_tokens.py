@@ -166,6 +166,32 @@ def test_four_fifths_stay_at_each_place_if_nothing_is_said() -> None:
     assert [row["kept"] + 1 for row in small.records[-1].details if "kept" in row] == [13, 11, 9]
 
 
+@pytest.mark.parametrize("kind", [PlainMamba, Vim])
+def test_tokens_come_back_at_a_block(kind: type[nn.Module]) -> None:
+    """`until`: behind that block all are there, those that went as they were; the last block runs on all."""
+    program, x = captured(kind, 3, 2), image_of(2)
+    _, got = after(program, x, sites=(0,), counts=(8,), until=1, align=False)
+    model: Any = model_of(kind)
+    vim = kind is Vim
+    with torch.no_grad():
+        rows = []
+        for own in x.split(1):
+            tokens = model.patch(own).flatten(2).transpose(1, 2)
+            cls, patches = -1, torch.arange(N)
+            if vim:
+                cls = model.middle
+                tokens = torch.cat([tokens[:, :cls], model.cls, tokens[:, cls:]], 1) + model.position
+                patches = torch.tensor([n for n in range(N + 1) if n != cls])
+            tokens, y = run_block(model.blocks[0], tokens, torch.arange(tokens.shape[1]), False, vim)
+            stay = patches[y.clamp(min=0).sum(-1)[0, patches].topk(8).indices.sort().values]
+            stay = torch.cat([stay[:4], torch.tensor([cls]), stay[4:]]) if vim else stay
+            few, _ = run_block(model.blocks[1], tokens[:, stay], stay, False, vim)
+            tokens, _ = run_block(model.blocks[2], tokens.index_copy(1, stay, few), torch.arange(N + vim), False, vim)
+            tokens = model.norm(tokens)
+            rows.append(model.head(tokens[:, cls] if vim else tokens.mean(1)))
+    torch.testing.assert_close(got, torch.cat(rows), atol=1e-4, rtol=1e-3)
+
+
 def test_what_cannot_be_followed_is_left_alone_with_a_reason() -> None:
     """A scan written step by step; options that contradict each other."""
     words = torch.arange(12)[None]
@@ -177,5 +203,11 @@ def test_what_cannot_be_followed_is_left_alone_with_a_reason() -> None:
         make("prune-scan-tokens", budget=Budget("flops", 0.5))(program)
     with pytest.raises(BadOption, match="behind blocks"):
         make("prune-scan-tokens", where="attention")(program)
+    with pytest.raises(BadOption, match="no attention is there"):
+        make("prune-scan-tokens", score="class-attention")(program)
+    with pytest.raises(BadOption, match="dropped, by top-k"):
+        make("prune-scan-tokens", reducer="bipartite")(program)
+    with pytest.raises(BadOption, match="blocks are 0 to 2"):
+        after(captured(PlainMamba, 3, 1), image_of(1), until=3)
     with pytest.raises(BadOption, match="blocks are 0 to 2"):
         after(captured(PlainMamba, 3, 1), image_of(1), sites=(3,))
