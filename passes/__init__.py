@@ -45,6 +45,7 @@ PASSES: dict[str, str] = {
     "visiondrop": "graphopt.passes.visiondrop:Visiondrop",
     "aim": "graphopt.passes.aim:Aim",
     "lvlm-csp": "graphopt.passes.lvlm_csp:LvlmCsp",
+    "adatoken": "graphopt.passes.adatoken:Adatoken",
     "drop-segments": "graphopt.passes.drop_segments:DropSegments",
     "flexdit": "graphopt.passes.flexdit:Flexdit",
     "semantic-tokens": "graphopt.passes.semantic_tokens:SemanticTokens",

@@ -221,6 +221,7 @@ class Job:
         self.places: list[Site] = []
         self.until: Node | None = None
         self.stream = self.blocks = 0
+        self.chain: list[Attention] = []  # of the stream's blocks
         self.orders = Orders()
         self.attentions = attentions(edit)
         self.prepare()
@@ -244,7 +245,7 @@ class Job:
                     what=f"{options.name}: until={options.until}", way_out=f"blocks are 0 to {len(found) - 1}"
                 )
             self.until = found[options.until].end
-        self.blocks = len(found)
+        self.blocks, self.chain = len(found), [block.attention for block in found]
         every = sites(found, options.where)
         last = len(found) - 1
         numbers_ = options.default_sites(len(found)) if options.sites is None else options.sites

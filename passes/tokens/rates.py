@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from graphopt.calibration import Calibration
 from graphopt.passes.tokens.base import Job
 from graphopt.passes.tokens.masked import KEPT, THROUGH, masked
-from graphopt.passes.tokens.schedule import SCHEDULES, Schedule
+from graphopt.passes.tokens.schedule import SCHEDULES, Schedule, in_proportion
 from graphopt.passes.tokens.segments import Segments
 
 _GRANULARITY = 4  # tokens between candidates
@@ -45,10 +45,7 @@ class Rates:
     @property
     def schedule(self) -> Schedule:
         """More or fewer tokens, in these proportions."""
-        gone = [self.span - count for count in self.kept]
-        # Up to many times what was found, so that any budget can be met that these places allow.
-        most = max(gone) or 1
-        return Schedule("searched", "Rates found by gradient.", lambda _: [self.span * each / most for each in gone])
+        return in_proportion("searched", "Rates found by gradient.", self.span, self.kept)
 
     @property
     def share(self) -> tuple[float, ...]:

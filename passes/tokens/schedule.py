@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _STEPS = 50
@@ -54,6 +54,14 @@ class Schedule:
             return self.counts(span, places, 1 - (last / span) ** (1 / places), least)
         found = self.within(span, places, least, lambda counts: counts[-1] <= last)
         return self.counts(span, places, 1.0, least) if found is None else found
+
+
+def in_proportion(name: str, text: str, span: int, counts: Sequence[int]) -> Schedule:
+    """More or fewer tokens than `counts` of `span`, in the proportions of what goes."""
+    gone = [span - count for count in counts]
+    # Up to many times as many, so that any budget can be met that these places allow.
+    most = max(gone) or 1
+    return Schedule(name, text, lambda _: [span * each / most for each in gone])
 
 
 def _constant(places: int) -> list[float]:
