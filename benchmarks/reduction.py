@@ -15,6 +15,7 @@ import argparse
 import json
 import platform
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import graphopt
 from graphopt import targets
 from graphopt.arrays import to_numpy
 from graphopt.bench import RIVALS, in_turns, timed_in_turns
+from graphopt.bundle import Bundle
 from graphopt.optimize import plan, reduce, sizes
 from graphopt.program import Program
 from tests.models import ZOO
@@ -50,6 +52,13 @@ def program_of(model: str, folder: Path) -> Program:
     return graphopt.capture(module, batches[0], name=model)
 
 
+def compiled(programs: Mapping[str, Program], target: str, folder: Path) -> list[Bundle]:
+    """Checked bundles of programs, one thread each, in `folder` by their labels."""
+    for label, item in programs.items():
+        graphopt.compile(item, target=target, output=folder / f"{label}.bundle").close()
+    return [graphopt.load(folder / f"{label}.bundle", threads=1) for label in programs]
+
+
 def measure(model: str, target: str, share: float, step: str, rivals: list[str], seconds: float) -> dict[str, Any]:
     """Cut one model, compile both, and time them; and the engines on the same two programs."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,11 +66,7 @@ def measure(model: str, target: str, share: float, step: str, rivals: list[str],
         program = program_of(model, folder)
         options = {"flops": share, "step": step}
         done = reduce(program, plan(PASSES[model], None, options), target=targets.resolve(target))
-        bundles = []
-        for label, item in (("dense", program), ("cut", done.after)):
-            place = folder / f"{label}.bundle"
-            graphopt.compile(item, target=target, output=place)
-            bundles.append(graphopt.load(place, threads=1))
+        bundles = compiled({"dense": program, "cut": done.after}, target, folder)
         inputs = {name: to_numpy(value) for name, value in (program.example_inputs or {}).items()}
         dense, cut = in_turns(bundles, inputs, seconds=seconds)
         engines = {"graphopt": (dense, cut)}

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import graphopt
+from benchmarks.reduction import compiled
 from graphopt import targets
 from graphopt.arrays import to_numpy
 from graphopt.bench import RIVALS, in_turns, timed_in_turns
@@ -40,11 +41,7 @@ def measure(model: str, target: str, name: str, share: float, seconds: float, pe
     arrays = {key: to_numpy(value) for key, value in (program.example_inputs or {}).items()}
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = []
-        for label, item in (("dense", program), ("reduced", done.after)):
-            place = Path(scratch) / f"{label}.bundle"
-            graphopt.compile(item, target=target, output=place)
-            bundles.append(graphopt.load(place, threads=1))
+        bundles = compiled({"dense": program, "reduced": done.after}, target, Path(scratch))
         times["dense"], times["reduced"] = in_turns(bundles, arrays, seconds=seconds)
         if peers and target.startswith("cpu"):
             removed = [0] * len(module.blocks)

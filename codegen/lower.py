@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from tvm.ir import IRModule
 from tvm.tirx import PrimFunc
@@ -19,22 +18,12 @@ from graphopt.codegen.prepare import prepare
 from graphopt.codegen.select import Selection, select
 from graphopt.codegen.steps import read_steps
 from graphopt.program import Program
-from graphopt.spec import TensorSpec, identifier
+from graphopt.spec import identifier
+from graphopt.targets.runner import Outside
 from graphopt.targets.target import Target
 
 Dump = Callable[[str, str], None]  # name of a phase, as "relax.py", and its text
 Progress = Callable[[str], None]  # what is done now
-
-
-class Outside(Protocol):
-    """What C code and loaders see of a program. A Program is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]: ...
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]: ...
 
 
 def _silent(*_: str) -> None:

@@ -25,13 +25,14 @@ from graphopt.codegen.channels_last import TO_FIRST, TO_LAST, channels_last
 from graphopt.codegen.dataflow import Array, Dataflow, op_of, shape_of
 from graphopt.codegen.kernel_times import KernelTimes, Layer, Side, program_names
 from graphopt.codegen.layout import turned
-from graphopt.codegen.lower import Outside, compile_module
+from graphopt.codegen.lower import compile_module
 from graphopt.codegen.prepare import picked, prepare, tidied
 from graphopt.codegen.rebuild import rebuild
 from graphopt.cost.latency_table import RUN_SECONDS, LatencyTable
 from graphopt.program import Program
 from graphopt.spec import TensorSpec
 from graphopt.targets import toolchain
+from graphopt.targets.runner import Outside
 from graphopt.targets.target import Target
 from graphopt.targets.timing import timing_runner
 from graphopt.verify import samples_of

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from graphopt.calibration import calibration
 from graphopt.edit import Edit
-from graphopt.passes.tokens.base import Job, TokenReduction
+from graphopt.passes.tokens.base import TokenReduction
 from graphopt.passes.tokens.flow import contributions, fitted, flows
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.schedule import SCHEDULES, in_proportion
 from graphopt.passes.tokens.sites import Where
 

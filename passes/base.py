@@ -73,6 +73,21 @@ class Pass(ABC):
         return after.replace(records=(*program.records, record))
 
 
+@dataclass(frozen=True)
+class Combined(Pass):
+    """Several passes under one name. `__call__` runs them on a program; each leaves its own record."""
+
+    lossless: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, program: Program) -> Program:
+        """The program after all of them. Raises as they do."""
+
+    def apply(self, edit: Edit) -> None:
+        """It makes no change of its own."""
+        raise AssertionError(f"{self.name} is called, and its passes are applied")
+
+
 def _lost_formats(before: Program, after: Program) -> list[str]:
     """A note where a pass broke up the blocks that zeros stood in."""
     lost = []

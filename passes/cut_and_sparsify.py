@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from graphopt.budget import Budget
-from graphopt.edit import Edit
 from graphopt.errors import BadOption, BudgetNotShared, BudgetUnreachable
-from graphopt.passes.base import Pass
+from graphopt.passes.base import Combined
 from graphopt.passes.reduction import Reduction
 from graphopt.passes.sizes import amount
 from graphopt.passes.sparsify import Sparsify
@@ -17,7 +16,7 @@ from graphopt.program import Program
 
 
 @dataclass(frozen=True)
-class CutAndSparsify(Pass):
+class CutAndSparsify(Combined):
     """A reduction, then a sparsification of what it leaves. Lossy.
 
         before  conv (o=64 i=64 3 3)                       --flops 0.25
@@ -30,16 +29,10 @@ class CutAndSparsify(Pass):
     """
 
     name: ClassVar[str] = "cut-and-sparsify"
-    lossless: ClassVar[bool] = False
-
     cut: Reduction
     zeros: Sparsify
     budget: Budget
     share: float | None = None
-
-    def apply(self, edit: Edit) -> None:
-        """Not one change of a graph, but two passes; see `__call__`."""
-        raise AssertionError("it is called, and its passes are applied")
 
     def __call__(self, program: Program) -> Program:
         """The program after both passes, with a record of each.

@@ -9,7 +9,8 @@ from graphopt.calibration import calibration
 from graphopt.edit import Edit
 from graphopt.errors import BadOption
 from graphopt.passes.sizes import limit
-from graphopt.passes.tokens.base import Job, TokenReduction
+from graphopt.passes.tokens.base import TokenReduction
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.reducers import PruneMerge, Reducer
 from graphopt.passes.tokens.schedule import SCHEDULES
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from graphopt.edit import Edit
 from graphopt.errors import BadOption
 from graphopt.passes.tokens.base import TokenReduction
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.reducers import Listed, Reducer
 from graphopt.passes.tokens.sites import Where
 
@@ -36,37 +37,42 @@ class DropSegments(TokenReduction):
     outputs: Literal["restore", "shrink"] = "shrink"
 
     def check(self) -> None:
-        if not self.segments or any(not re.fullmatch(r"\d+:\d+", each.strip()) for each in self.segments):
-            raise BadOption(what=f"{self.name}: segments={self.segments}", way_out="give START:STOP;START:STOP")
-        if self.tokens is None:
-            raise AssertionError("apply sets the tokens and counts")
-        super().check()
+        """Options that contradict each other. Raises BadOption."""
+        if not self.gone or not all(_bounds(each) for each in self.segments):
+            shown = ";".join(self.segments) or "none"
+            raise BadOption(what=f"{self.name}: segments={shown}", way_out="give START:STOP;START:STOP")
+        for name in ("budget", "keep", "counts", "tokens"):
+            if getattr(self, name) is not None:
+                raise BadOption(
+                    what=f"{self.name} has {name} beside its segments", way_out="these say all; leave it out"
+                )
 
-    def apply(self, edit: Edit) -> None:
-        """See Pass. Raises BadOption."""
-        from dataclasses import replace
+    def job(self, edit: Edit) -> Job:
+        low, high = self.around
+        return Job(replace(self, tokens=f"{low}:{high}"), edit)
 
-        if self.tokens is None and self.segments:
-            gone = self.gone()
-            size = max(gone) + 1
-            low = min(gone)
-            if len(gone) == size - low:  # one segment: a neighbour that stays makes it a choice
-                low, size = (low - 1, size) if low else (low, size + 1)
-            filled = replace(self, tokens=f"{low}:{size}", counts=(size - low - len(gone),))
-            filled.apply(edit)
-            return
-        super().apply(edit)
+    def wanted(self, edit: Edit, job: Job) -> list[int]:
+        return [job.span.size - len(self.gone)] * len(job.places)
 
+    @property
     def gone(self) -> set[int]:
         """The places that go."""
-        found: set[int] = set()
-        for each in self.segments:
-            start, _, stop = each.partition(":")
-            found |= set(range(int(start), int(stop)))
-        return found
+        return {place for each in self.segments if (bounds := _bounds(each)) for place in range(*bounds)}
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """The first and the end of the tokens that are chosen from: of the segments, between them, one that stays."""
+        low, high = min(self.gone), max(self.gone) + 1
+        if len(self.gone) < high - low:
+            return low, high
+        return (low - 1, high) if low else (low, high + 1)
 
     @property
     def made_reducer(self) -> Reducer:
-        low, _, high = (self.tokens or "0:0").partition(":")
-        gone = self.gone()
-        return Listed(tuple(place - int(low) for place in range(int(low), int(high)) if place not in gone))
+        return Listed(tuple(place - self.around[0] for place in sorted(self.gone)))
+
+
+def _bounds(segment: str) -> tuple[int, int] | None:
+    """START and STOP; None where they are none."""
+    found = re.fullmatch(r"(\d+):(\d+)", segment.strip())
+    return (int(found[1]), int(found[2])) if found and int(found[1]) < int(found[2]) else None

@@ -17,13 +17,14 @@ from graphopt.edit import Edit
 from graphopt.errors import BadOption
 from graphopt.inline import inline
 from graphopt.passes.tokens import reducers
-from graphopt.passes.tokens.base import Job, TokenReduction
+from graphopt.passes.tokens.base import TokenReduction
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.protect import span_of
-from graphopt.passes.tokens.scans import Decay, Scan, bridge, decays, scans
+from graphopt.passes.tokens.scans import Decay, bridge, decays, scans
 from graphopt.passes.tokens.schedule import Schedule
 from graphopt.passes.tokens.sites import Site, Where
 from graphopt.passes.tokens.view import View
-from graphopt.region import Region, Span, region_of
+from graphopt.region import Region, Span
 
 
 @dataclass(frozen=True)
@@ -99,21 +100,16 @@ class ScanJob(Job):
     """Blocks with scans instead of attention."""
 
     options: PruneScanTokens
+    compact: ClassVar[bool] = True
 
     def prepare(self) -> None:
         """Find the blocks and the places behind them. Raises BadOption."""
         found, self.declined = scans(self.edit)
         self.decays: dict[Node, Decay] = {}
-        self.blocks = len(found)
-        chosen = self.options.default_sites(len(found)) if self.options.sites is None else self.options.sites
-        if unknown := [n for n in chosen if not 0 <= n < len(found)] if found else []:
-            raise BadOption(what=f"{self.options.name}: sites={unknown}", way_out=f"blocks are 0 to {len(found) - 1}")
-        if self.options.until is not None and found:
-            if not 0 <= self.options.until < len(found):
-                what = f"{self.options.name}: until={self.options.until}"
-                raise BadOption(what=what, way_out=f"blocks are 0 to {len(found) - 1}")
-            self.until = found[self.options.until].total
-        self.scans: dict[int, Scan] = {number: scan for number, scan in enumerate(found) if number in chosen}
+        if not found:
+            return
+        chosen = self.numbers([scan.total for scan in found])
+        self.scans = {number: scan for number, scan in enumerate(found) if number in chosen}
         self.places = [Site(n, scan.name, scan.total, scan.dim, None, None) for n, scan in self.scans.items()]
         if not self.places:
             return
@@ -124,18 +120,6 @@ class ScanJob(Job):
             span_of(infer(self.edit.program), first, self.options.tokens)
             if hole is None
             else Span(first.dim, 0, size, hole)
-        )
-
-    def region(self, site: Site, span: Span) -> Region:
-        return region_of(
-            self.edit,
-            site.at,
-            span,
-            ordered=True,
-            at_stream=True,
-            shrinks=lambda _: self.options.outputs == "shrink",
-            until=self.until,
-            compact=True,
         )
 
     def choose(

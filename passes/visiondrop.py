@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from graphopt.cut import Positions
-from graphopt.passes.pyramid_drop import quarters
-from graphopt.passes.tokens.base import TokenReduction
-from graphopt.passes.tokens.sites import Where
+from graphopt.passes.pyramid_drop import PyramidDrop
 
 
 @dataclass(frozen=True)
-class Visiondrop(TokenReduction):
+class Visiondrop(PyramidDrop):
     """Behind a quarter, a half and three quarters of the layers, keep the visual tokens that visual tokens attend to.
 
         before  text, 576 visual, text -> 32 layers
@@ -22,21 +18,11 @@ class Visiondrop(TokenReduction):
     What is dropped is averaged into contextual tokens behind those that stay. Text plays no part in the ranking. In the
     tower of a vision-language model (`stream=0`), `score=class-attention`.
 
-    keep: the share of the visual tokens that is left behind the last stage; an eighth.
-
     Source: Xu et al., VisionDrop, AAAI 2026, arXiv:2506.22283. Differs: contextual tokens are means, the published sum
     of target and mean is `reducer=contextual:rule=add`.
     """
 
     name: ClassVar[str] = "visiondrop"
-    default_keep: ClassVar[float | None] = 0.125
 
     score: str = "span-attention:look=following"
     reducer: str = "contextual"
-    schedule: str = "ratio"
-    where: Where = "block"
-    positions: Positions = "renumber"
-    outputs: Literal["restore", "shrink"] = "shrink"
-
-    def default_sites(self, blocks: int) -> Sequence[int]:
-        return quarters(blocks)

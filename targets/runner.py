@@ -20,8 +20,8 @@ from graphopt.targets.target import Kind, Target
 ALIGNMENT_BYTES = 64
 
 
-class Interface(Protocol):
-    """What a runner has to know of a model; a Manifest and an Artefact both are one."""
+class Outside(Protocol):
+    """What a model looks like from the outside; a Program is one."""
 
     @property
     def name(self) -> str: ...
@@ -29,6 +29,11 @@ class Interface(Protocol):
     def inputs(self) -> tuple[TensorSpec, ...]: ...
     @property
     def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+
+class Interface(Outside, Protocol):
+    """What a runner has to know of a model; a Manifest and an Artefact both are one."""
+
     @property
     def workspace_bytes(self) -> int: ...
     @property

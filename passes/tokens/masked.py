@@ -22,7 +22,7 @@ from graphopt.cut import Kept, cut
 from graphopt.errors import BadOption
 from graphopt.inline import inline
 from graphopt.passes.tokens.attention import Attention
-from graphopt.passes.tokens.base import Job
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.view import View
 from graphopt.place import place
 from graphopt.program import Program

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from graphopt.calibration import Calibration
-from graphopt.passes.tokens.base import Job
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.masked import KEPT, THROUGH, masked
 from graphopt.passes.tokens.schedule import SCHEDULES, Schedule, in_proportion
 from graphopt.passes.tokens.segments import Segments

@@ -60,17 +60,21 @@ class TopK(Reducer):
 
 @dataclass(frozen=True)
 class Listed(Reducer):
-    """The same tokens stay for every sample: `stay`, places in the span, in order."""
+    """The same tokens go for every sample.
+
+    gone: their places in the span.
+    """
 
     name: ClassVar[str] = "listed"
     ordered: ClassVar[bool] = True
     drops: ClassVar[bool] = True
     sized: ClassVar[bool] = False
-    stay: tuple[int, ...] = ()
+    gone: tuple[int, ...] = ()
 
     def __call__(self, view: View, scores: Tensor | None, count: int) -> Kept:
-        assert len(self.stay) == count, f"{len(self.stay)} places for {count} tokens"
-        return Kept(index=torch.tensor(self.stay).expand(view.x.shape[0], -1))
+        stay = [place for place in range(view.stop - view.start) if place not in self.gone]
+        assert len(stay) == count, f"{len(stay)} tokens stay, not {count}"
+        return Kept(index=torch.tensor(stay).expand(view.x.shape[0], -1))
 
 
 @dataclass(frozen=True)

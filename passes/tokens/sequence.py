@@ -5,29 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from graphopt.edit import Edit
-from graphopt.passes.base import Pass
+from graphopt.passes.base import Combined
 from graphopt.passes.tokens.base import TokenReduction
 from graphopt.program import Program
 
 
 @dataclass(frozen=True)
-class TokenSequence(Pass):
+class TokenSequence(Combined):
     """Passes that are planned on the program as it comes, and run in order. Lossy; each leaves its own record."""
-
-    lossless: ClassVar[bool] = False
 
     tokens: str | None = None
 
     @abstractmethod
     def steps(self, program: Program) -> Sequence[TokenReduction]:
         """The passes for a program. Raises as they do."""
-
-    def apply(self, edit: Edit) -> None:
-        """A sequence has no change of its own."""
-        raise NotImplementedError(f"{self.name} is a sequence of passes")
 
     def __call__(self, program: Program) -> Program:
         """The program after all steps, with their records."""

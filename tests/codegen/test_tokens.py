@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import graphopt
 from graphopt.codegen.lower import compile_program
-from graphopt.targets import resolve, run_node, run_qemu
+from graphopt.targets import resolve, run_qemu
 from tests.codegen.kernels.dense import QUICK
 from tests.codegen.token_forms import Sizes, Tokens, data
 
@@ -41,8 +41,6 @@ def test_random_sizes(sizes):
 @pytest.mark.parametrize("b", [1, 3])
 def test_every_target(spec, b):
     """Odd sizes, one sample and several."""
-    if spec == "wasm" and run_node.why_not(resolve("wasm")):
-        pytest.skip("no Node")
     if spec == "arm" and not shutil.which(run_qemu.QEMU):
         pytest.skip("no emulator")
     check(Sizes(b, 77, 37, 40, 31), spec)

@@ -154,9 +154,8 @@ def test_the_budget_of_time_holds() -> None:
         return 1e-5
 
     prepare(program, WASM)  # what is slow only the first time
-    start = time.monotonic()
     done = tune(program, WASM, table, seconds=1.5, clock=clock)
-    assert time.monotonic() - start < 10  # all of them would take longer; machines under load are slow, too
+    assert len(timed) <= 4  # none starts behind 1.5 s, and each takes 0.4, however slow the machine
     assert 0 < done.new < done.wanted
     assert done.missing == done.wanted - done.new
     assert all("[float32:64x128x3x3]" in name for name in timed[:2])
@@ -192,8 +191,7 @@ def test_layers_alone_run_on_the_kernel_in_question(kind: str, side: Side, templ
 @pytest.mark.parametrize("target", [CPU, WASM], ids=str)
 def test_kernels_are_timed_where_they_run(target: graphopt.targets.Target) -> None:
     """Both kernels of a layer with hardly any blocks: the sparse one takes less."""
-    if not timing_runner(target):
-        pytest.skip(f"{target} does not run here")
+    assert timing_runner(target)
     weight = np.zeros((512, 512), np.float32)
     weight[:, :16] = 1.0
     layer = Layer((64, 512), weight, 16 / 512, "8x1")

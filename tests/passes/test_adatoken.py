@@ -11,8 +11,8 @@ from graphopt.calibration import calibration
 from graphopt.edit import Edit
 from graphopt.passes import make
 from graphopt.passes.adatoken import Adatoken
-from graphopt.passes.tokens.base import Job
 from graphopt.passes.tokens.flow import Curve, contributions, fitted, flows
+from graphopt.passes.tokens.job import Job
 from tests.passes.tokens.visual import by_last, logits_of, program_of, staged
 from tests.transformer_nets import rotate, tables
 from tests.vision_language import BEFORE, VISUAL, LlavaLike, example, llava

@@ -8,7 +8,7 @@ import graphopt
 from graphopt.cost import summary
 from graphopt.edit import Edit
 from graphopt.passes.diffrate import Diffrate
-from graphopt.passes.tokens.base import Job
+from graphopt.passes.tokens.job import Job
 from tests.transformer_nets import VisionTransformer
 
 # The repository's compression_rate.json for DeiT-S at 2.9 G; the class token is counted.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graphopt.errors import BadOption
 from graphopt.passes import make
 from tests.passes.tokens.visual import logits_of, program_of
 from tests.transformer_nets import tables
@@ -26,3 +27,13 @@ def test_segments_are_dropped_behind_a_block(segments: tuple[str, ...]) -> None:
             x = x[:, index] if number == 1 else x
         wanted = decoder.head(decoder.norm(x))
     torch.testing.assert_close(logits_of(small, inputs), wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("segments", [(), ("5:3",), ("4:4",), ("a:b",), ("3",)])
+def test_segments_that_are_none_are_refused(segments: tuple[str, ...]) -> None:
+    """Empty, backwards, no numbers: one error that says how to write them."""
+    program = program_of(llava(), example())
+    with pytest.raises(BadOption, match="START:STOP"):
+        make("drop-segments", segments=segments, sites=(1,))(program)
+    with pytest.raises(BadOption, match="leave it out"):
+        make("drop-segments", segments=("4:7",), sites=(1,), keep=0.5)(program)

@@ -17,7 +17,7 @@ from graphopt.errors import BadOption
 from graphopt.passes import PREPARE
 from graphopt.passes.base import run_passes
 from graphopt.passes.diffrate import Diffrate
-from graphopt.passes.tokens.base import Job
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.masked import KEPT, THROUGH, masked
 from graphopt.program import Program
 from tests.passes.tokens import reference

@@ -12,7 +12,7 @@ from graphopt.errors import BadOption
 from graphopt.passes import PREPARE, make
 from graphopt.passes.base import run_passes
 from graphopt.passes.diffrate import Diffrate
-from graphopt.passes.tokens.base import Job
+from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.rates import _Learned
 from graphopt.program import Program
 from tests import digits
