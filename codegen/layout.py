@@ -25,7 +25,8 @@ from tvm.ir import IRModule
 from graphopt.codegen.channels_last import RULES, channels_last
 from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernel_times import KernelTimes, Layer, Side, Times, image_layer
-from graphopt.codegen.kernels.spmm import convolution, plan_of, tokens_as_image
+from graphopt.codegen.kernels.spmm import convolution, tokens_as_image
+from graphopt.codegen.kernels.spmm_plan import plan_of
 from graphopt.codegen.kernels.spmv import height_of
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.sparse_weights import Seen, SparseWeight, Weights, microseconds, shown

@@ -69,6 +69,23 @@ def splat(value: float, lanes: int, dtype: str) -> Expr:
     return spread(tirx.const(value, dtype), lanes)
 
 
+def shuffled(vector: Expr, elements: int, picks: Sequence[int]) -> Expr:
+    """The picked elements of a vector that has `elements`; it is bound, for it may be written several times."""
+    if elements == 1:
+        return spread(vector, len(picks))
+    if list(picks) == list(range(elements)):
+        return vector
+    # A shuffle has no more lanes than its operands together.
+    return tirx.Shuffle([vector] * -(-len(picks) // elements), [tirx.IntImm("int32", n) for n in picks])
+
+
+def prefetch(buffer: Buffer, at: Expr) -> None:
+    """Ask for the cache line with an element, which will be read soon, or never."""
+    address = tirx.address_of(tirx.BufferLoad(buffer, [at]))
+    read, keep, data = (tirx.IntImm("int32", value) for value in (0, 3, 1))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, keep, data))
+
+
 class Registers:
     """Vectors that LLVM keeps in registers: their indices are known when the kernel is written.
 
@@ -76,16 +93,19 @@ class Registers:
     """
 
     def __init__(self, count: int, lanes: int, dtype: str) -> None:
-        self._lanes = lanes
+        self.lanes = lanes
         self._buffers = [T.alloc_buffer((lanes,), dtype, layout=None) for _ in range(count)]
         for i in range(count):
             self[i] = splat(0.0, lanes, dtype)
 
+    def __len__(self) -> int:
+        return len(self._buffers)
+
     def __getitem__(self, i: int) -> Expr:
-        return tirx.BufferLoad(self._buffers[i], [index(0, self._lanes)])
+        return tirx.BufferLoad(self._buffers[i], [index(0, self.lanes)])
 
     def __setitem__(self, i: int, value: Expr) -> None:
-        T.buffer_store(self._buffers[i], value, [index(0, self._lanes)])
+        T.buffer_store(self._buffers[i], value, [index(0, self.lanes)])
 
 
 def loop(extent: int, parallel: bool = False) -> Any:

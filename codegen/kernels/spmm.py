@@ -9,15 +9,16 @@ convolutions     NCHW with OIHW weights, groups, strides, dilation: an input i i
 Rows of X that do not begin at vectors' boundaries are copied to ones that do, where that pays: each load would touch
 two cache lines.
 
-Blocks are packed (`spmm_pack.py`) at the height whose estimate is lowest; a dense matrix is one whose blocks are all
-kept. Where a row of pixels is shorter than a vector, whole images are computed with the gaps between their rows, and
-moved together when a block row is done.
+Blocks are packed (`spmm_pack.py`) at the height whose estimate is lowest (`spmm_plan.py`); a dense matrix is one whose
+blocks are all kept. Where a row of pixels is shorter than a vector, whole images are computed with the gaps between
+their rows, and moved together when a block row is done.
 Source: Elsen et al., "Fast Sparse ConvNets", CVPR 2020, arXiv:1911.09723.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,22 +31,14 @@ from graphopt.codegen.dataflow import Array, Dataflow, dtype_of, op_of, shape_of
 from graphopt.codegen.kernels.conv2d import Window
 from graphopt.codegen.kernels.emit import Buffer, Expr, load, loop, prim_func, store
 from graphopt.codegen.kernels.epilogue import Absorbed, Epilogue, absorb
-from graphopt.codegen.kernels.planes import Planes, emit_planes, layouts, window_of
-from graphopt.codegen.kernels.spmm_pack import blocks_of, pack
-from graphopt.codegen.kernels.spmm_tile import (
-    HEIGHTS,
-    Panels,
-    emit_block_row,
-    most_vectors,
-    product_cycles,
-    rows_of_pixels,
-)
+from graphopt.codegen.kernels.planes import Planes, emit_planes, window_of
+from graphopt.codegen.kernels.spmm_pack import AHEAD, pack
+from graphopt.codegen.kernels.spmm_plan import Plan, plan_of
+from graphopt.codegen.kernels.spmm_tile import Panels, Sums, Weights, emit_block_row
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.codegen.kernels.tile import FLOPS_PER_TASK, TASKS
 from graphopt.errors import Decline
 from graphopt.targets.target import Isa, Target
-
-COPY_CYCLES = 2.5  # for each vector of X that is copied
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,8 @@ class Spmm:
     isa: Isa
     panels: tuple[Panels, ...]
     gaps: bool  # panels run over rows with their gaps, and results are moved together
+    runs: int  # of inputs; from one to the next, sums lie in scratch memory
+    prefetch: bool
     sections: tuple[Shape, ...]
     parallel: bool
     epilogue: Epilogue
@@ -95,41 +90,6 @@ class SparseProduct(Template):
     def reference(self, matrix: Array, rows: Array, after: Epilogue, operands: list[Array]) -> Array:
         """epilogue(W X) in float64, X as (inputs, pixels)."""
         return after.reference(np.asarray(matrix, np.float64) @ np.asarray(rows, np.float64), operands)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a product is computed, and the estimate."""
-
-    planes: Planes
-    height: int
-    lanes: int
-    panels: tuple[Panels, ...]
-    gaps: bool
-    cycles: float
-
-
-def plan_of(matrix: Array, window: Window, target: Target) -> Plan:
-    """The layout of X, the height of blocks and the width of panels with the lowest estimate."""
-    pixels = math.prod(window.out)
-    lanes = min(target.isa.lanes(), 1 << (pixels.bit_length() - 1))
-    inputs = int((matrix != 0).any(0).sum())
-    sizes = {h: (blocks_of(matrix, h), -(-len(matrix) // h)) for h in HEIGHTS if h == 1 or h <= len(matrix)}
-    plans = []
-    for planes in layouts(window, lanes):
-        gaps = not planes.contiguous and window.out[1] < lanes
-        copied = 0.0 if planes.direct else COPY_CYCLES * window.channels * planes.channel / lanes
-        aligned = planes.channel % lanes == 0 and window.kernel[1] == 1
-        for height, (blocks, block_rows) in sizes.items():
-            for most in range(1, most_vectors(height, target.isa) + 1):
-                if gaps:
-                    span = -(-window.out[0] * planes.pitch // lanes) * lanes
-                    panels = rows_of_pixels(1, span, span, lanes, most)
-                else:
-                    panels = rows_of_pixels(*window.out, planes.pitch, lanes, most)
-                cycles = copied + product_cycles(block_rows, blocks, height, panels, inputs, aligned, target)
-                plans.append(Plan(planes, height, lanes, panels, gaps, window.batch * cycles))
-    return min(plans, key=lambda plan: (plan.cycles, -plan.height))
 
 
 Operands = tuple[Array, Window, relax.Expr]
@@ -179,7 +139,7 @@ def _ungrouped(weight: Array, groups: int) -> Array:
 
 def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, target: Target) -> KernelCall:
     planes, window = plan.planes, plan.planes.window
-    sections = pack(matrix, planes.offsets(), plan.height)
+    sections = pack(matrix, planes.offsets(), plan.height, runs=plan.runs)
     pixels = math.prod(window.out)
     blocks = sum(section.blocks * section.height for section in sections)
     parallel = target.threads and 2 * blocks * pixels * window.batch >= 2 * FLOPS_PER_TASK
@@ -195,6 +155,8 @@ def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, 
         isa=target.isa,
         panels=plan.panels,
         gaps=plan.gaps,
+        runs=plan.runs,
+        prefetch=plan.prefetch,
         sections=tuple(shapes),
         parallel=parallel,
         epilogue=after.epilogue,
@@ -205,6 +167,8 @@ def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, 
     scratch = [] if planes.direct else [window.batch * planes.image * 4]
     if plan.gaps:
         scratch.append(_tile(spmm) * _slots(spmm) * 4)
+    if plan.runs > 1:
+        scratch.append(_sums(spmm) * _panels(spmm) * 4)
     widest = max(len(group.places) for group in plan.panels)
     symbol = f"f32_spmm_{name}{after.epilogue.name}_{plan.height}x{widest * plan.lanes}__{target.isa.name}"
     return KernelCall(
@@ -219,6 +183,8 @@ def _call(name: str, plan: Plan, matrix: Array, x: relax.Expr, after: Absorbed, 
         parameters={
             "height": plan.height,
             "vectors": widest,
+            "runs": plan.runs,
+            "prefetch": plan.prefetch,
             "kept": f"{blocks / matrix.size:.3f}",
             "cycles": round(plan.cycles),
         },
@@ -236,6 +202,16 @@ def _slots(spmm: Spmm) -> int:
     return spmm.planes.window.batch * max(chunks for section in spmm.sections for chunks in section.chunks)
 
 
+def _sums(spmm: Spmm) -> int:
+    """Elements that the sums of all outputs for one panel take."""
+    return spmm.outputs * max(len(group.places) for group in spmm.panels) * spmm.lanes
+
+
+def _panels(spmm: Spmm) -> int:
+    """Panels that may be computed at the same time."""
+    return spmm.planes.window.batch * max(group.count for group in spmm.panels) if spmm.parallel else 1
+
+
 def roomy(size: int) -> int:
     """A size for a parameter's declaration, so that layers with a few blocks more or less share their code."""
     return 1 << max(size - 1, 1).bit_length()
@@ -249,8 +225,8 @@ def build(spmm: Spmm) -> PrimFunc:
     for number, section in enumerate(spmm.sections):
         params += [
             (f"values{number}", roomy(section.blocks * section.height), "float32"),
-            (f"offsets{number}", roomy(section.blocks), "int32"),
-            (f"ends{number}", section.block_rows + 1, "int32"),
+            (f"offsets{number}", roomy(section.blocks) + AHEAD, "int32"),
+            (f"ends{number}", spmm.runs * (section.block_rows + 1), "int32"),
             (f"outputs{number}", section.block_rows, "int32"),
         ]
         params += [(f"bounds{number}_{chunks}", chunks + 1, "int32") for chunks in dict.fromkeys(section.chunks)]
@@ -259,6 +235,8 @@ def build(spmm: Spmm) -> PrimFunc:
         params.append(("planes", g.batch * planes.image, "float32"))
     if spmm.gaps:
         params.append(("tile", _tile(spmm) * _slots(spmm), "float32"))
+    if spmm.runs > 1:
+        params.append(("sums", _sums(spmm) * _panels(spmm), "float32"))
 
     def body(*buffers: Buffer) -> None:
         named = {name: buffer for (name, _, _), buffer in zip(params, buffers, strict=True)}
@@ -296,18 +274,29 @@ class _Writer:
             start = T.Bind(panel * group.source_step + image * planes.image)
             target = T.Bind(panel * group.target_step)
 
-            def finish(output: Expr, o: int, v: int, value: Expr) -> None:
-                self.store(image, output + o, target + group.places[v][1], value, spmm.lanes)
+            starts = [(start + place.source, place.elements) for place in group.places]
+            slot = T.Bind(tirx.floordiv(task, chunks) * _sums(spmm)) if spmm.parallel and spmm.runs > 1 else 0
 
-            with self.block_rows(number, chunk, chunks) as row:
-                output = T.Bind(tirx.BufferLoad(self.named[f"outputs{number}"], [row]))
-                self.block_row(
-                    number,
-                    section,
-                    row,
-                    [start + s for s, _ in group.places],
-                    lambda o, v, value: finish(output, o, v, value),
-                )
+            def block_rows(run: Expr) -> None:
+                with self.block_rows(number, chunk, chunks) as row:
+                    output = T.Bind(tirx.BufferLoad(self.named[f"outputs{number}"], [row]))
+
+                    def finish(o: int, v: int, value: Expr) -> None:
+                        place = group.places[v]
+                        self.store(image, output + o, target + place.target, value, place.elements)
+
+                    sums = None
+                    if spmm.runs > 1:
+                        # In the order of computing, which is not that of outputs: what comes next is fetched ahead.
+                        at = T.Bind(slot + row * (_sums(spmm) // spmm.outputs * section.height))
+                        sums = Sums(self.named["sums"], at, run, spmm.runs)
+                    self.block_row(number, section, run * (section.block_rows + 1) + row, starts, finish, sums)
+
+            if spmm.runs == 1:
+                block_rows(0)
+            else:
+                with T.serial(0, spmm.runs) as run:
+                    block_rows(run)
 
     def with_gaps(self, number: int, section: Shape) -> None:
         """Each block row for all panels, then its rows of pixels moved together."""
@@ -325,10 +314,10 @@ class _Writer:
                 for group in spmm.panels:
                     with T.serial(0, group.count) as panel:
                         start = T.Bind(panel * group.source_step)
-                        starts = [start + s + image * planes.image for s, _ in group.places]
+                        starts = [(start + s + image * planes.image, spmm.lanes) for s, _, _ in group.places]
 
                         def keep(o: int, v: int, value: Expr, start: Expr = start, group: Panels = group) -> None:
-                            store(tile, slot + o * span + start + group.places[v][0], value, spmm.lanes, "float32")
+                            store(tile, slot + o * span + start + group.places[v].source, value, spmm.lanes, "float32")
 
                         self.block_row(number, section, row, starts, keep)
                 for o in range(section.height):
@@ -343,11 +332,20 @@ class _Writer:
         bounds = self.named[f"bounds{number}_{chunks}"]
         return BlockRows(bounds, chunk)
 
-    def block_row(self, number: int, section: Shape, row: Expr, starts: list[Expr], finish: object) -> None:
-        """One block row for one panel."""
+    def block_row(
+        self,
+        number: int,
+        section: Shape,
+        row: Expr,
+        starts: list[tuple[Expr, int]],
+        finish: Callable[[int, int, Expr], None],
+        sums: Sums | None = None,
+    ) -> None:
+        """One block row for one panel; `row` is its place in `ends`."""
         values, offsets, ends = (self.named[f"{name}{number}"] for name in ("values", "offsets", "ends"))
+        weights = Weights(values, offsets, ends, row)
         tile = (section.height, self.spmm.lanes, self.spmm.isa)
-        emit_block_row(self.x, values, offsets, ends, row, tile, starts, finish)  # type: ignore[arg-type]
+        emit_block_row(self.x, weights, tile, starts, finish, sums, AHEAD if self.spmm.prefetch else 0)
 
     def store(self, image: Expr, output: Expr, pixel: Expr, value: Expr, lanes: int) -> None:
         """A vector of results of one output, through the epilogue."""

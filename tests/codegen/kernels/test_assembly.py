@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from graphopt.codegen.kernels import spmm, spmm_tile
+from graphopt.codegen.kernels import spmm_plan, spmm_tile
 from graphopt.codegen.kernels.conv2d import Conv2d
 from graphopt.codegen.kernels.depthwise import DepthwiseConv2d
 from graphopt.codegen.kernels.gemm import Gemm
 from graphopt.codegen.kernels.spmm import SparseProduct
-from graphopt.codegen.kernels.spmm_tile import HEIGHTS, most_vectors
+from graphopt.codegen.kernels.spmm_tile import HEIGHTS, Panels, most_vectors, tail_vectors
 from graphopt.codegen.kernels.template import KernelCall, Template
 from graphopt.targets.target import AVX512, RELAXED_SIMD, Target
 from tests.codegen.kernels import channels_first
@@ -90,12 +90,23 @@ def test_depthwise_keeps_its_strip_in_registers(name):
     assert not re.search(spill, block), block
 
 
+def products(height: int, group: Panels, whole: int) -> int:
+    """Multiply-adds of whole registers for a block: one a vector and output, fewer where outputs share a vector."""
+    count = 0
+    for place in group.places:
+        if place.elements == whole:
+            count += height
+        elif height * place.elements >= whole:
+            count += tail_vectors(place.elements, height, whole)
+    return count
+
+
 def check_blocks(case: Case, name: str) -> KernelCall:
     """Every loop over blocks has whole trips of height * vectors multiply-adds, and no vector through the stack."""
     target, operation, spill = TARGETS[name]
     call = case.call
     plan = call.key[0]
-    trips = {section.height * len(group.places) for section in plan.sections for group in plan.panels}
+    trips = {products(section.height, group, plan.lanes) for section in plan.sections for group in plan.panels}
     seen = set()
     for block in straight(assembly(call.kernel, target)):
         count = len(re.findall(operation, block))
@@ -119,14 +130,22 @@ def test_widest_sparse_tiles_stay_in_registers(name, height, monkeypatch):
     """The most vectors that may be chosen for each height of blocks, for rows of tokens."""
     target = TARGETS[name][0]
     most = most_vectors(height, target.isa)
-    monkeypatch.setattr(spmm, "HEIGHTS", (height,))
-    monkeypatch.setattr(spmm, "most_vectors", lambda height, isa: most)
+    monkeypatch.setattr(spmm_plan, "HEIGHTS", (height,))
+    monkeypatch.setattr(spmm_plan, "most_vectors", lambda height, isa: most)
+
+    def widest(rows, width, pitch, lanes, _, tail=0):
+        return spmm_tile.rows_of_pixels(rows, width, pitch, lanes, most, tail)
+
     # However the estimates weigh it: the widest is what is left where narrower ones are not asked for.
-    monkeypatch.setattr(spmm, "rows_of_pixels", lambda *image: spmm_tile.rows_of_pixels(*image[:-1], most))
-    case = channels_first.linear(
-        64, 128, lanes(target) * most * 2, "bias", SparseProduct(), word="dense", target=target
-    )
-    assert check_blocks(case, name).parameters["vectors"] == most
+    monkeypatch.setattr(spmm_plan, "rows_of_pixels", widest)
+    # Rows of whole vectors, and with a few tokens left over; all at once, and in runs with what comes fetched ahead.
+    for tokens in (lanes(target) * most * 2, lanes(target) * (most * 2 - 1) + 1):
+        for runs in (1, 2):
+            monkeypatch.setattr(spmm_plan, "_runs", lambda *_, runs=runs: (runs,))
+            monkeypatch.setattr(spmm_plan, "_missed", lambda *_, runs=runs: runs - 1.0)
+            case = channels_first.linear(64, 128, tokens, "bias", SparseProduct(), word="dense", target=target)
+            call = check_blocks(case, name)
+            assert (call.parameters["vectors"], call.parameters["runs"]) == (most, runs)
 
 
 @pytest.mark.parametrize("word", ["unstructured", "4x1", "2:4"])

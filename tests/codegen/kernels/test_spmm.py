@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm import relax
 
-from graphopt.codegen.kernels import spmm
+from graphopt.codegen.kernels import spmm, spmm_plan
 from graphopt.codegen.kernels.epilogue import absorb
-from graphopt.codegen.kernels.spmm import SparseProduct, plan_of
+from graphopt.codegen.kernels.spmm import SparseProduct
 from graphopt.codegen.kernels.spmm_pack import blocks_of, pack
-from graphopt.codegen.kernels.spmm_tile import HEIGHTS, Panels, most_vectors, rows_of_pixels
+from graphopt.codegen.kernels.spmm_plan import plan_of
+from graphopt.codegen.kernels.spmm_tile import HEIGHTS, Panels, most_vectors, rows_of_pixels, tail_of
 from graphopt.errors import Decline
 from graphopt.targets.target import AVX512, NEON, RELAXED_SIMD, SIMD128
 from tests.codegen.kernels.channels_first import FORMATS, ROWS, TAILS, convolution, linear, mask, turned
@@ -23,6 +25,7 @@ from tests.codegen.kernels.harness import HOST, match, relax_main
 
 # The tiles of other instruction sets, in this machine's instructions: LLVM cuts wider vectors in two.
 TARGETS = (HOST, *(replace(HOST, isa=isa) for isa in (SIMD128, RELAXED_SIMD, NEON, AVX512)))
+LEVEL4 = TARGETS[-1]
 
 WEIGHTS = st.fixed_dictionaries(
     {
@@ -87,6 +90,34 @@ def test_random_convolutions(parallel, cases):
     check([convolution(s, tail, SparseProduct(), **weight, seed=i) for i, (s, tail, weight) in enumerate(cases)])
 
 
+@settings(QUICK, max_examples=2)
+@given(
+    st.lists(st.tuples(LINEAR, WEIGHTS), min_size=8, max_size=8),
+    st.lists(st.tuples(shapes(), TAIL, WEIGHTS), min_size=8, max_size=8),
+    st.integers(2, 5),
+)
+def test_inputs_in_runs(parallel, layers, images, runs):
+    """The same where inputs are taken in runs, some of them empty, and what comes is fetched ahead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spmm_plan, "_runs", lambda *_: (runs,))
+        patch.setattr(spmm_plan, "_missed", lambda *_: 1.0)
+        cases = [linear(*sizes, SparseProduct(), **weight, seed=i) for i, (sizes, weight) in enumerate(layers)]
+        cases += [convolution(s, tail, SparseProduct(), **weight, seed=i) for i, (s, tail, weight) in enumerate(images)]
+    assert any(case.call.parameters["runs"] == runs for case in cases)
+    check(cases)
+
+
+def test_large_inputs_go_in_runs():
+    """Unstructured zeros: X is taken so that a run's part stays in the first-level cache. Few blocks: all at once."""
+    calls = {
+        word: linear(256, 512, 196, "bias", SparseProduct(), word=word, keep=keep, target=LEVEL4).call.parameters
+        for word, keep in (("unstructured", 0.4), ("4x1", 0.1))
+    }
+    assert calls["unstructured"]["runs"] > 1
+    assert calls["4x1"]["runs"] == 1
+    assert calls["4x1"]["prefetch"]
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_format(rows):
     """Each format, with rows that are empty, full, and all zero; outputs that are no multiple of any block."""
@@ -110,10 +141,10 @@ def test_every_tail():
 @pytest.mark.parametrize("height", HEIGHTS)
 def test_every_register_tile(height, monkeypatch):
     """Each height of blocks with each number of vectors, outputs left over, images with and without gaps."""
-    monkeypatch.setattr(spmm, "HEIGHTS", (height,))
+    monkeypatch.setattr(spmm_plan, "HEIGHTS", (height,))
     cases, most = [], most_vectors(height, HOST.isa)
     for vectors in range(1, most + 1):
-        monkeypatch.setattr(spmm, "most_vectors", lambda height, isa, vectors=vectors: vectors)
+        monkeypatch.setattr(spmm_plan, "most_vectors", lambda height, isa, vectors=vectors: vectors)
         outputs = height * 2 + vectors % height
         for tokens in (16 * vectors, 24 * vectors - 5):
             cases.append(linear(outputs, 9, tokens, "bias", SparseProduct(), seed=vectors))
@@ -198,30 +229,39 @@ def unpacked(sections, offsets, outputs):
     for section in sections:
         values = section.values.reshape(-1, section.height)
         for row, output in enumerate(section.outputs):
-            for block in range(section.ends[row], section.ends[row + 1]):
-                matrix[output : output + section.height, at[int(section.offsets[block])]] += values[block]
+            for ends in section.ends:
+                for block in range(ends[row], ends[row + 1]):
+                    matrix[output : output + section.height, at[int(section.offsets[block])]] += values[block]
     return matrix
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     *(st.integers(1, 40), st.integers(1, 30), st.sampled_from(FORMATS), st.sampled_from(ROWS)),
-    *(st.sampled_from(HEIGHTS), st.integers(1, 20), st.integers(0, 1000)),
+    *(st.sampled_from(HEIGHTS), st.integers(1, 20), st.integers(1, 5), st.integers(0, 1000)),
 )
-def test_packing_loses_nothing(outputs, inputs, word, rows, height, chunks, seed):
-    """What is unpacked is the matrix, every output is in one block row, longer rows first, and cuts cover all rows."""
+def test_packing_loses_nothing(outputs, inputs, word, rows, height, chunks, runs, seed):
+    """What is unpacked is the matrix, every output is in one block row, longer rows first, and cuts cover all rows.
+
+    The inputs of a run come before those of the next.
+    """
     rng = np.random.default_rng(seed)
     kept = mask(rng, outputs, inputs, word, 0.3, rows)
     matrix = np.where(kept, rng.standard_normal(kept.shape), 0).astype(np.float32)
     offsets = rng.permutation(inputs) * 16
-    sections = pack(matrix, offsets, height)
+    sections = pack(matrix, offsets, height, runs=runs)
     np.testing.assert_array_equal(unpacked(sections, offsets, outputs), matrix)
     covered = np.concatenate([(s.outputs[:, None] + np.arange(s.height)).reshape(-1) for s in sections])
     np.testing.assert_array_equal(np.sort(covered), np.arange(outputs))
     assert sum(section.blocks for section in sections) == blocks_of(matrix, height)
     for section in sections:
-        lengths = np.diff(section.ends)
+        lengths = np.diff(section.ends).sum(0)
         assert (np.diff(lengths) <= 0).all()
+        number = np.argsort(offsets)[section.offsets[: section.blocks] // 16]
+        parts = [number[ends[0] : ends[-1]] for ends in section.ends]
+        assert sum(map(len, parts)) == section.blocks
+        parts = [part for part in parts if len(part)]
+        assert all(one.max() < two.min() for one, two in pairwise(parts))
         bounds = section.bounds(min(chunks, section.block_rows))
         assert bounds[0] == 0
         assert bounds[-1] == section.block_rows
@@ -231,22 +271,23 @@ def test_packing_loses_nothing(outputs, inputs, word, rows, height, chunks, seed
 
 
 @st.composite
-def images(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
-    """Height, width, pitch, lanes and most vectors; rows are no shorter than a vector, or lie without gaps."""
+def images(draw: st.DrawFn) -> tuple[int, int, int, int, int, int]:
+    """Height, width, pitch, lanes, most vectors and tail; rows are no shorter than a vector, or lie without gaps."""
     lanes = draw(st.sampled_from([1, 2, 4, 8, 16]))
     height, width = draw(st.integers(1, 30)), draw(st.integers(1, 80))
     gap = draw(st.sampled_from([0, 0, 1, 2, 7]))
     if gap:
         width = max(width, lanes)
     lanes = min(lanes, 1 << ((height * width).bit_length() - 1))
-    return height, width, width + gap, lanes, draw(st.integers(1, 8))
+    tail = tail_of(width if gap else height * width, draw(st.sampled_from(HEIGHTS)), lanes)
+    return height, width, width + gap, lanes, draw(st.integers(1, 8)), draw(st.sampled_from([0, tail]))
 
 
 @settings(max_examples=300, deadline=None)
 @given(images())
 def test_panels_cover_every_pixel(image):
     """Every pixel is computed, from where it lies in X; nothing outside is written, and no panel is too wide."""
-    height, width, pitch, lanes, most = image
+    height, width, pitch, lanes, most, tail = image
     source = np.full(height * pitch, -1)
     source.reshape(height, pitch)[:, :width] = np.arange(height * width).reshape(height, width)
     seen = np.zeros(height * width, int)
@@ -254,11 +295,12 @@ def test_panels_cover_every_pixel(image):
         assert isinstance(group, Panels)
         assert 1 <= len(group.places) <= most
         for k in range(group.count):
-            for begin, to in group.places:
+            for begin, to, elements in group.places:
                 start, target = k * group.source_step + begin, k * group.target_step + to
-                assert 0 <= target <= height * width - lanes
-                np.testing.assert_array_equal(source[start : start + lanes], np.arange(target, target + lanes))
-                seen[target : target + lanes] += 1
+                assert elements in (lanes, tail)
+                assert 0 <= target <= height * width - elements
+                np.testing.assert_array_equal(source[start : start + elements], np.arange(target, target + elements))
+                seen[target : target + elements] += 1
     assert seen.min() >= 1
     # Only last vectors overlap.
     assert (seen > 1).sum() <= (1 if pitch == width else height) * (lanes - 1)
