@@ -7,7 +7,6 @@ rewritten alone, between two transposes; `simplify_views` then moves the transpo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from tvm import relax
@@ -46,41 +45,23 @@ def _ints(values: object) -> list[int]:
     return [int(v) for v in values]  # type: ignore[attr-defined]
 
 
-def _image_conv(x: relax.Expr, weight: np.ndarray, attrs: Any, dtype: str, emit: Emit) -> relax.Expr:
-    """An NCHW convolution with OIHW weights, done in NHWC; one over a line is one over an image of height 1."""
-    line = [1] if len(attrs.strides) == 1 else []
-    padding = _ints(attrs.padding)
+def _conv2d(call: relax.Call, emit: Emit, flow: Dataflow) -> relax.Expr | None:
+    a = call.attrs
+    weight = flow.constant(call.args[1])
+    if (a.data_layout, a.kernel_layout, a.out_layout) != ("NCHW", "OIHW", "NCHW") or weight is None:
+        return None
     conv = relax.op.nn.conv2d(
-        _last(x, emit),
-        relax.const(np.ascontiguousarray(weight.transpose(0, 2, 3, 1)), dtype),
-        strides=line + _ints(attrs.strides),
-        padding=[0, padding[0], 0, padding[1]] if line else padding,
-        dilation=line + _ints(attrs.dilation),
-        groups=int(attrs.groups),
+        _last(call.args[0], emit),
+        relax.const(np.ascontiguousarray(weight.transpose(0, 2, 3, 1)), dtype_of(call)),
+        strides=_ints(a.strides),
+        padding=_ints(a.padding),
+        dilation=_ints(a.dilation),
+        groups=int(a.groups),
         data_layout="NHWC",
         kernel_layout="OHWI",
-        out_dtype=dtype,
+        out_dtype=dtype_of(call),
     )
     return _first(conv, emit)
-
-
-def _conv2d(call: relax.Call, emit: Emit, flow: Dataflow) -> relax.Expr | None:
-    layouts = (call.attrs.data_layout, call.attrs.kernel_layout, call.attrs.out_layout)
-    weight = flow.constant(call.args[1])
-    if layouts != ("NCHW", "OIHW", "NCHW") or weight is None:
-        return None
-    return _image_conv(call.args[0], weight, call.attrs, dtype_of(call), emit)
-
-
-def _conv1d(call: relax.Call, emit: Emit, flow: Dataflow) -> relax.Expr | None:
-    layouts = (call.attrs.data_layout, call.attrs.kernel_layout, call.attrs.out_layout)
-    weight = flow.constant(call.args[1])
-    if layouts != ("NCW", "OIW", "NCW") or weight is None:
-        return None
-    n, c, w = shape_of(call.args[0])
-    image = emit(relax.op.reshape(call.args[0], (n, c, 1, w)))
-    out = _image_conv(image, weight[:, :, None, :], call.attrs, dtype_of(call), emit)
-    return relax.op.reshape(out, shape_of(call))
 
 
 def _conv2d_transpose(call: relax.Call, emit: Emit, flow: Dataflow) -> relax.Expr | None:
@@ -150,7 +131,6 @@ def _resize2d(call: relax.Call, emit: Emit, _: Dataflow) -> relax.Expr | None:
 
 
 RULES: dict[str, Callable[[relax.Call, Emit, Dataflow], relax.Expr | None]] = {
-    "relax.nn.conv1d": _conv1d,
     "relax.nn.conv2d": _conv2d,
     "relax.nn.conv2d_transpose": _conv2d_transpose,
     "relax.nn.max_pool2d": _pool(relax.op.nn.max_pool2d),

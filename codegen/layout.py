@@ -28,6 +28,7 @@ from graphopt.codegen.kernel_times import KernelTimes, Layer, Side, Times, image
 from graphopt.codegen.kernels.spmm import convolution, tokens_as_image
 from graphopt.codegen.kernels.spmm_plan import plan_of
 from graphopt.codegen.kernels.spmv import height_of
+from graphopt.codegen.lines import lines_as_images
 from graphopt.codegen.rebuild import rebuild
 from graphopt.codegen.sparse_weights import Seen, SparseWeight, Weights, microseconds, shown
 from graphopt.cost.register_tile import best_tile, cycles
@@ -49,6 +50,7 @@ def lay_out(
     module: IRModule, target: Target, weights: Weights, times: KernelTimes
 ) -> tuple[IRModule, tuple[SparseWeight, ...]]:
     """Choose the layout of images, and turn the linear layers whose zeros pay. Says what was weighed."""
+    module = lines_as_images(module)
     flow = Dataflow(module["main"])
     images = list(_images(flow, target, weights))
     # Without zeros there is nothing to gain, whatever the estimates of dense kernels differ by.
@@ -210,7 +212,7 @@ def _image_entries(
         entries.append(
             image.seen.entry(
                 image.weight,
-                "conv2d",
+                f"conv{image.seen.dims - 2}d",
                 target,
                 eligible=not obstacle,
                 picked=front and not obstacle,
@@ -242,7 +244,7 @@ def _some_channels_last(module: IRModule, weights: Weights) -> IRModule:
 
 
 # Convolutions that have kernels in NHWC only.
-_STRANGERS = ("relax.nn.conv1d", "relax.nn.conv2d_transpose")
+_STRANGERS = ("relax.nn.conv2d_transpose",)
 
 
 def _strangers_moved(flow: Dataflow) -> float:

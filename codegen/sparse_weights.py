@@ -45,6 +45,7 @@ class Seen:
     name: str | None
     annotation: Annotation | None
     density: float
+    dims: int  # as the model has it: a convolution over a line is computed as one over an image
 
     @property
     def dense(self) -> bool:
@@ -96,12 +97,14 @@ class Weights:
     def __init__(self, program: Program) -> None:
         exported = program.exported
         self._found: dict[str, tuple[str, Annotation | None]] = dict(by_fingerprint(program))
+        self._dims: dict[str | None, int] = {}
         # One that is to be dense may have no zeros; then every constant must be looked at.
         self._full = any(annotation.density == 1 for annotation in program.annotations.values())
         names = [str(spec.target) for spec in exported.graph_signature.input_specs if spec.kind in STORED]
         self._order = {name: place for place, name in enumerate(names)}
         for name in names:
             tensor = stored(exported, name)
+            self._dims[name] = tensor.dim()
             if name in program.annotations or not tensor.is_floating_point() or tensor.dim() < 2:
                 continue
             if 1 - int(torch.count_nonzero(tensor)) / max(1, tensor.numel()) >= WORTH_MENTIONING:
@@ -114,7 +117,9 @@ class Weights:
         if not zeros and not self._full:
             return None
         name, annotation = self._found.get(fingerprint(constant), (None, None))
-        return Seen(name, annotation, density) if zeros or annotation is not None else None
+        if not zeros and annotation is None:
+            return None
+        return Seen(name, annotation, density, self._dims.get(name, constant.ndim))
 
     def in_order(self, entries: list[SparseWeight]) -> tuple[SparseWeight, ...]:
         """As the model has the weights; constants that are none of its weights last."""

@@ -246,7 +246,6 @@ def _few() -> Program:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (_line, "there is no sparse kernel for conv1d"),
         (_transposed, "there is no sparse kernel for conv2d_transpose"),
         (_double, "float64 times float64: sparse kernels are for float32"),
         (_double_image, "float64"),
