@@ -163,7 +163,7 @@ def fold(x: Tensor, kept: Kept, where: Span) -> Tensor:
         kept: as computed for `x`'s samples.
         where: the tokens that may go.
     """
-    tokens = _front(x, where.dim)
+    tokens = front(x, where.dim)
     if where.hole is not None and (kept.matrix is not None or kept.sources is not None):
         raise CannotShrink(axis="tokens", reason="one in the middle stays, so tokens can be dropped but not merged")
     if kept.matrix is not None:
@@ -197,7 +197,7 @@ def unfold(y: Tensor, kept: Kept, where: Span, base: Tensor | None = None) -> Te
         where: the tokens that could go, among all.
         base: all tokens as they were before.
     """
-    few = _front(y, where.dim)
+    few = front(y, where.dim)
     flat = few.flatten(2)
     count = kept.index.shape[1]
     size = flat.shape[1] - count + where.size
@@ -215,7 +215,7 @@ def unfold(y: Tensor, kept: Kept, where: Span, base: Tensor | None = None) -> Te
             slots = torch.cat([slots, kept.slots + where.start], 1)
         places = torch.zeros(index.shape[0], size, dtype=torch.int64).scatter(1, index, slots)
         return _back(rows(few, places), where.dim)
-    out = torch.zeros(flat.shape[0], size, flat.shape[2]) if base is None else _front(base, where.dim).flatten(2)
+    out = torch.zeros(flat.shape[0], size, flat.shape[2]) if base is None else front(base, where.dim).flatten(2)
     out = out.to(flat.dtype).scatter(1, index[..., None].expand(-1, -1, flat.shape[2]), flat)
     if kept.sources is not None and kept.slots is not None:
         sources = (kept.sources + where.start)[..., None].expand(-1, -1, flat.shape[2])
@@ -253,7 +253,7 @@ def _whole_index(index: Tensor, size: int, where: Span) -> Tensor:
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
-def _front(x: Tensor, dim: int) -> Tensor:
+def front(x: Tensor, dim: int) -> Tensor:
     """Samples first, tokens second."""
     if dim == 0:
         return x[None]

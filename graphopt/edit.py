@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import Decline
-from graphopt.exported import STORED, copy_exported, stored
+from graphopt.exported import STORED, copy_exported, output_names, stored
 from graphopt.place import place
 from graphopt.program import Program
 from graphopt.sparsity import Format
@@ -41,6 +42,7 @@ class Edit:
         self.details: list[dict[str, Any]] = []
         self.formats: dict[str, Format | None] = {}
         self.inserted: list[Node] = []  # by `call`
+        self.examples: dict[str, Tensor] = {}  # of inputs that are new
         signature = self.exported.graph_signature
         self._specs = {spec.arg.name: spec for spec in signature.input_specs}
         mutated = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
@@ -127,6 +129,49 @@ class Edit:
         else:
             self.exported.state_dict[spec.target] = value
         node.meta["val"] = self._fake.from_tensor(value.detach(), static_shapes=True)
+
+    # Inputs and outputs ----------------------------------------------------------------------------------------------
+
+    def make_input(self, node: Node, name: str) -> Node:
+        """Let a stored tensor be one more input of the user's, by that name; what it was is the example of it.
+
+        Returns the input's placeholder, in the place of the tensor's. Names must be new, and identifiers.
+        """
+        value = stored(self.exported, self.target(node)).detach()
+        last = [each for each in self.graph.nodes if each.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            new = self.graph.placeholder(name)
+        assert new.name == name, f"{name} is taken"
+        new.meta["val"] = node.meta["val"]
+        self.replace(node, new)
+        argument = TensorArgument(name=name)
+        self._specs[name] = InputSpec(kind=InputKind.USER_INPUT, arg=argument, target=None)
+        self.examples[name] = value
+        top = self.exported.module_call_graph[0].signature
+        assert top is not None
+        top.inputs.append(argument)
+        args, kwargs = pytree.tree_unflatten([0] * top.in_spec.num_leaves, top.in_spec)
+        top.in_spec = pytree.tree_structure((args, {**kwargs, name: 0}))
+        if top.forward_arg_names is not None:  # those of the original forward method, which takes it now by name
+            top.forward_arg_names = [*top.forward_arg_names, name]
+        if self.exported.example_inputs is not None:
+            given, named = self.exported.example_inputs
+            self.exported.example_inputs = (given, {**named, name: value})
+        return new
+
+    def add_outputs(self, nodes: Mapping[str, Node]) -> None:
+        """Let the program give more, by these names; all of its outputs are given by name then."""
+        output = self.graph.output_node()
+        top = self.exported.module_call_graph[0].signature
+        assert top is not None
+        for node in nodes.values():
+            argument = TensorArgument(name=node.name)
+            spec = OutputSpec(kind=OutputKind.USER_OUTPUT, arg=argument, target=None)
+            self.exported.graph_signature.output_specs.append(spec)
+            top.outputs.append(argument)
+        results: Any = output.args[0]
+        output.args = ((*results, *nodes.values()),)
+        top.out_spec = pytree.tree_structure(dict.fromkeys([*output_names(top.out_spec), *nodes], 0))
 
     # Nodes ----------------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from graphopt.cut import Kept
 from graphopt.edit import Edit
-from graphopt.exported import output_names
 from graphopt.inline import inline
 from graphopt.program import Program
 
@@ -62,20 +59,8 @@ def add_outputs(edit: Edit) -> None:
     if not (places := _marked(edit)):
         return
     output = edit.graph.output_node()
-    results = list(output.args[0])
-    signature = edit.exported.graph_signature
-    top = edit.exported.module_call_graph[0].signature
-    assert top is not None
-    names = output_names(top.out_spec)
-    for number, (kept, size) in sorted(places.items()):
-        node = inline(edit, part_of, kept, size, like=output)
-        results.append(node)
-        names.append(f"tokens_{number}")
-        argument = TensorArgument(name=node.name)
-        signature.output_specs.append(OutputSpec(kind=OutputKind.USER_OUTPUT, arg=argument, target=None))
-        top.outputs.append(argument)
-    output.args = (tuple(results),)
-    top.out_spec = pytree.tree_structure(dict.fromkeys(names, 0))
+    numbered = sorted(places.items())
+    edit.add_outputs({f"tokens_{number}": inline(edit, part_of, *own, like=output) for number, own in numbered})
 
 
 def part_of(kept: Kept, size: int) -> Tensor:

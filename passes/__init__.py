@@ -46,6 +46,7 @@ PASSES: dict[str, str] = {
     "aim": "graphopt.passes.aim:Aim",
     "lvlm-csp": "graphopt.passes.lvlm_csp:LvlmCsp",
     "adatoken": "graphopt.passes.adatoken:Adatoken",
+    "core-matching": "graphopt.passes.core_matching:CoreMatching",
     "drop-segments": "graphopt.passes.drop_segments:DropSegments",
     "flexdit": "graphopt.passes.flexdit:Flexdit",
     "semantic-tokens": "graphopt.passes.semantic_tokens:SemanticTokens",

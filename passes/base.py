@@ -51,7 +51,9 @@ class Pass(ABC):
         edit = Edit(program)
         self.apply(edit)
         try:
-            after = program.replace(exported=edit.finish(), formats=edit.formats)
+            examples = program.example_inputs
+            more = {**examples, **edit.examples} if examples is not None else None
+            after = program.replace(exported=edit.finish(), example_inputs=more, formats=edit.formats)
         except Exception as error:  # whatever lint or validation finds is this pass's fault
             raise InvalidProgram(f"{self.name} left an invalid program: {error}") from error
         edit.notes += _lost_formats(program, after)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from graphopt.axes import infer
 from graphopt.cost.formulas import counts as cost_of
 from graphopt.cost.formulas import numbers
-from graphopt.cut import Kept, cut
+from graphopt.cut import Kept, cut, front
 from graphopt.edit import Edit
 from graphopt.errors import BadOption, CannotShrink, Decline
 from graphopt.inline import inline
@@ -70,6 +70,10 @@ class Job:
             self.span = span_of(axes, self.places[0], options.tokens)
             if self.reducer.scored and self.score.look == "following":
                 self.places = [site for site in self.places if site.following is not None]
+            if self.reducer.scored and self.score.look == "neurons":
+                reason = f"{self.score.name} looks at neurons, and no feed-forward part of plain layers ends there"
+                self.declined += [Decline(place(site.at), reason) for site in self.places if site.hidden is None]
+                self.places = [site for site in self.places if site.hidden is not None]
 
     def numbers(self, ends: Sequence[Node]) -> Sequence[int]:
         """The blocks that have a place, of those that end so; notes how many there are, and where all tokens come back.
@@ -209,6 +213,8 @@ class Job:
             if attention is site.following:
                 last = isinstance(self.score, scores.LastAttention)
                 given = computed_early(self.edit, site.at, site.dim, given, first, last=last)
+        if self.reducer.scored and self.score.look == "neurons":
+            given["hidden"] = site.hidden
         turned = attention.turned if attention is not None else False
         fixed: dict[str, Any] = {
             "scale": attention.scale if attention is not None else 1.0,
@@ -219,15 +225,16 @@ class Job:
         }
 
         def seen(x: Tensor, given: dict[str, Any], size: Tensor | None, more: tuple[Any, ...]) -> Any:
-            x = x[None] if here.dim == 0 else x if here.dim == 1 else x.movedim(here.dim, 1)
+            x = front(x, here.dim)
             samples = x.shape[0]
             own = {name: value for name, value in given.items() if value is not None}
+            hidden = front(own.pop("hidden"), here.dim) if "hidden" in own else None
             if turned and "key" in own:
                 own["key"] = own["key"].transpose(-1, -2)
             own = {name: value if name == "mask" else heads(value, samples) for name, value in own.items()}
             if "key" in own:
                 own |= {name: repeated(own[name], own["query"].shape[1]) for name in ("key", "value")}
-            return function(View(x, size=size, **fixed, **own), *more)
+            return function(View(x, hidden=hidden, size=size, **fixed, **own), *more)
 
         try:
             return inline(self.edit, seen, x, given, size, more, like=first)

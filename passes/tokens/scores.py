@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from graphopt.passes.tokens.neurons import core_neurons, matches
 from graphopt.passes.tokens.view import View
 
-Look = Literal["own", "following", "none"]
+Look = Literal["own", "following", "neurons", "none"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Score(ABC):
     """A value for each token of a span: (b, span), the higher the more it matters.
 
     look: at which attention: that of the block it stands in ("own"), that of the next block, whose queries and keys are
-        computed for it ("following"), or "none".
+        computed for it ("following"), at what its feed-forward part has ("neurons"), or "none".
     """
 
     name: ClassVar[str]
@@ -168,6 +169,28 @@ class Entropy(Score):
 
 
 @dataclass(frozen=True)
+class CoreMatch(Score):
+    """How many of a sentence's core neurons fire for each token; the earlier of two first.
+
+    rho: of the neurons that fire for a token, the share that fires most, and is the token's core.
+    beta: of all neurons, the share that is in most tokens' cores, and is the sentence's.
+
+    Source: Wang et al., CoreMatching, ICML 2025, arXiv:2505.19235.
+    """
+
+    name: ClassVar[str] = "core-match"
+    look: Look = "neurons"
+    rho: float = 0.2
+    beta: float = 0.4
+
+    def __call__(self, view: View) -> Tensor:
+        assert view.hidden is not None, "core-match needs a feed-forward part"
+        found = matches(view.hidden, core_neurons(view.hidden, self.rho, self.beta))[:, view.start : view.stop]
+        # Whole numbers are often equal. Among equal ones the order is fixed, so that runs agree everywhere.
+        return found * found.shape[1] - torch.arange(found.shape[1])
+
+
+@dataclass(frozen=True)
 class Random(Score):
     """The control: a fixed random order, the same for every sample.
 
@@ -201,8 +224,8 @@ class Uniform(Score):
 SCORES: dict[str, type[Score]] = {
     each.name: each
     for each in (
-        ClassAttention, LastAttention, MeanAttention, SpanAttention, PageRank, Norm, Clipped, Distinct, Entropy, Random,
-        Uniform,
+        ClassAttention, LastAttention, MeanAttention, SpanAttention, PageRank, Norm, Clipped, Distinct, Entropy,
+        CoreMatch, Random, Uniform,
     )
 }  # fmt: skip
 

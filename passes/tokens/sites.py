@@ -8,9 +8,10 @@ from typing import Literal
 from torch.fx import Node
 
 from graphopt.axes import Axes, Axis, atoms, find, results_of
+from graphopt.cost.formulas import base_name
 from graphopt.edit import Edit
 from graphopt.errors import Decline
-from graphopt.passes.residual import branches
+from graphopt.passes.residual import Branch, branches
 from graphopt.passes.tokens.attention import Attention, attentions
 from graphopt.place import place
 
@@ -22,7 +23,7 @@ class Site:
     """A value of the stream, (b, n, c) as a rule, whose tokens run along `dim`.
 
     `block` counts from 0. `attention` is that of this block, in front of the value, `following` that of the next block,
-    None behind the last.
+    None behind the last. `hidden` is what the feed-forward part in front of the value has, None where there is none.
     """
 
     block: int
@@ -31,6 +32,7 @@ class Site:
     dim: int
     attention: Attention | None
     following: Attention | None
+    hidden: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Block:
     """A block of a transformer: an attention, where its result was added to the stream, and where the block ends.
 
     `tokens` is the axis of the stream's tokens, in front of any reduction: blocks with the same one follow each other.
+    `hidden` (b, n, neurons) is what the last layer of its feed-forward part reads, None where that is not one sequence
+    of layers.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Block:
     end: Node
     dim: int
     tokens: Axis
+    hidden: Node | None
 
 
 def streams(found: list[Block]) -> list[list[Block]]:
@@ -85,14 +90,26 @@ def blocks(edit: Edit, axes: Axes) -> tuple[list[Block], list[Decline]]:
             continue
         # The last sum in front of the next attention that still has these tokens.
         ends = [
-            each
-            for _, each in sums
+            (branch, each)
+            for branch, each in sums
             if order[total] <= order[each] < until and each.meta["val"].shape == total.meta["val"].shape
         ]
-        end = ends[-1] if ends else total
+        last, end = ends[-1] if ends else (branch, total)
+        hidden = hidden_of(last) if end is not total else None
         tokens = results_of(axes.dims[old[total.name]])[0][dims[0]]
         name = branch.unit or branch.name
-        found.append(Block(name, attention, nodes[branch.source.name], total, end, dims[0], tokens))
+        found.append(
+            Block(
+                name,
+                attention,
+                entry=nodes[branch.source.name],
+                after_attention=total,
+                end=end,
+                dim=dims[0],
+                tokens=tokens,
+                hidden=nodes[hidden.name] if hidden is not None else None,
+            )
+        )
     return found, declined
 
 
@@ -116,5 +133,16 @@ def sites(found: list[Block], where: Where) -> list[Site]:
     for number, block in enumerate(found):
         following = found[number + 1].attention if number + 1 < len(found) else None
         at = block.after_attention if where == "attention" else block.end
-        result.append(Site(number, block.name, at, block.dim, block.attention, following))
+        hidden = block.hidden if where == "block" else None
+        result.append(Site(number, block.name, at, block.dim, block.attention, following, hidden))
     return result
+
+
+def hidden_of(branch: Branch) -> Node | None:
+    """What the last of the layers of a residual branch reads, neurons last; None where that is no linear layer of what
+    other layers give for each item of the stream."""
+    layer = branch.layers[-1]
+    found = layer.args[0]
+    if len(branch.layers) < 2 or base_name(layer) != "linear" or not isinstance(found, Node):
+        return None
+    return found if found.meta["val"].shape[:-1] == branch.total.meta["val"].shape[:-1] else None

@@ -16,8 +16,8 @@ class View:
 
     `x` (b, n, c) is the stream. Of the attention that scores look at: `query` (all, or only the last), `key` and
     `value` (b, h, n, d), `mask` what is added to its logits or a boolean one, `map` (b, h, n, n) where it is written
-    out. `size` (b, span) counts the tokens that each stands for; None where they stand for themselves. `proportional`:
-    attention counts each as often.
+    out. `hidden` (b, n, neurons) is what the feed-forward part in front has. `size` (b, span) counts the tokens that
+    each stands for; None where they stand for themselves. `proportional`: attention counts each as often.
     """
 
     x: Tensor
@@ -26,6 +26,7 @@ class View:
     value: Tensor | None = None
     mask: Tensor | None = None
     map: Tensor | None = None
+    hidden: Tensor | None = None
     size: Tensor | None = None
     scale: float = 1.0
     causal: bool = False
