@@ -31,7 +31,7 @@ class CoreMatching(TokenReduction):
         before  prefill  text, 576 visual, text -> 32 layers
                 decode   up, gate (n=11008 c=4096) -> silu, mul -> down (c=4096 n=11008), in every layer
         after   prefill  text, 576 visual, text -> 10 layers -> 210 visual -> 22 layers; weights of the core neurons
-                decode   up, gate (n=4404 c=4096) -> silu, mul -> down (c=4096 n=4404), which are inputs
+                decode   up, gate (n=4416 c=4096) -> silu, mul -> down (c=4096 n=4416), which are inputs
 
     Which tokens and neurons, the prefill program finds for each prompt; how many is fixed. Of tokens, as many stay as
     stand in front of the elbow of the falling curve of their matches, on calibration data, mean over samples. Text

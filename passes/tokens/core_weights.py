@@ -1,7 +1,7 @@
 """The weights of core neurons: a prefill program picks them for its prompt, a decode program takes them as inputs.
 
-    prefill   up (n=11008 c), down (c n=11008), a (1, tokens, n)  ->  core(a) (4404)  ->  core_up (4404 c), core_down
-    decode    x -> core_up (4404 c) -> silu, mul -> core_down (c 4404)
+    prefill   up (n=11008 c), down (c n=11008), a (1, tokens, n)  ->  core(a) (4416)  ->  core_up (4416 c), core_down
+    decode    x -> core_up (4416 c) -> silu, mul -> core_down (c 4416)
 
 So they are gathered once a prompt, and the decode program reads no others.
 """

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 _HAIR = 1e-3  # of a neuron, lest a whole number of them be rounded up to the next
+_VECTOR, _MANY = 16, 256  # neurons: kernels read rows of weights that are inputs in place where they are whole vectors
 _STRAIGHT = 1e-6  # of the plot's area: what is nearer to the chord is rounding
 
 
 def core_size(neurons: int, beta: float) -> int:
-    """How many of the neurons are a sentence's core: a share, rounded up."""
-    return max(1, math.ceil(beta * neurons - _HAIR))
+    """How many of the neurons are a sentence's core: a share, rounded up; of many, to whole vectors."""
+    step = _VECTOR if neurons >= _MANY else 1
+    return min(neurons, step * max(1, math.ceil((beta * neurons - _HAIR) / step)))
 
 
 def core_neurons(hidden: Tensor, rho: float, beta: float) -> Tensor:

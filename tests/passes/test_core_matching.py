@@ -14,7 +14,7 @@ import graphopt
 from graphopt.budget import Budget
 from graphopt.errors import BadOption
 from graphopt.passes import make
-from graphopt.passes.tokens.neurons import core_neurons, elbow, matches
+from graphopt.passes.tokens.neurons import core_neurons, core_size, elbow, matches
 from graphopt.program import Program
 from tests.passes.tokens.visual import logits_of, program_of
 from tests.transformer_nets import LlamaBlock, VisionTransformer, rotate, tables
@@ -129,6 +129,14 @@ def test_core_neurons_and_matches(rho: float, beta: float, seed: int) -> None:
     assert matches(hidden, core).tolist() == [matches_of(*own) for own in zip(hidden, core.tolist(), strict=True)]
 
 
+@pytest.mark.parametrize(
+    ("neurons", "beta", "size"), [(48, 0.4, 20), (10, 0.4, 4), (11008, 0.4, 4416), (260, 1.0, 260)]
+)
+def test_cores_are_whole_vectors_of_many_neurons(neurons: int, beta: float, size: int) -> None:
+    """Of few, the share rounded up; never more than there are."""
+    assert core_size(neurons, beta) == size
+
+
 @pytest.mark.parametrize(("high", "count", "total"), [(1, 3, 10), (5, 5, 10), (7, 9, 10), (2, 1, 10), (3, 1, 2)])
 def test_the_elbow_of_a_step_is_at_the_step(high: int, count: int, total: int) -> None:
     """What is on the upper level stays, wherever the step is."""
@@ -237,6 +245,24 @@ def test_decode_with_core_neurons_equals_masking_the_others() -> None:
     assert record.params_after < record.params_before
     assert record.flops_after < record.flops_before
     assert record.changed == {"feed-forward part": 4}
+
+
+def test_bundles_pass_weights_on(tmp_path: Path) -> None:
+    """What the compiled prefill gives, the compiled decode takes; the same as in PyTorch."""
+    model, inputs = llava(cached=True, layers=2), example()
+    small = make("core-matching", counts=(5,), neurons=True)(program_of(model, inputs))
+    first = graphopt.compile(small, output=tmp_path / "prefill.bundle").run(inputs)
+    wanted = small.run(inputs)
+    for name, value in wanted.items():
+        torch.testing.assert_close(torch.from_numpy(first[name]), value, atol=2e-5, rtol=1e-4)
+    source, behind = decode_of(model, [value for name, value in wanted.items() if name.startswith("output_")][1:])
+    reduced = make("core-matching", part="decode")(source)
+    cores = [name for name in wanted if name.startswith("core_")]
+    got = graphopt.compile(reduced, output=tmp_path / "decode.bundle").run(
+        behind | {name: first[name] for name in cores}
+    )
+    dense = logits_of(reduced, behind | {name: wanted[name] for name in cores})
+    torch.testing.assert_close(torch.from_numpy(got), dense, atol=2e-5, rtol=1e-4)
 
 
 def test_all_neurons_and_all_tokens_are_the_dense_model() -> None:
