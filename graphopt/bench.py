@@ -219,8 +219,12 @@ def bench(
 
 
 def in_turns(bundles: Sequence[Bundle], inputs: Mapping[str, Array], *, seconds: float) -> list[float]:
-    """The least time of one run of each bundle, in seconds, timed in turns for `seconds` a bundle."""
-    return _least([_own(bundle, inputs) for bundle in bundles], seconds)
+    """The least time of one run of each bundle, in seconds, timed in turns for `seconds` a bundle.
+
+    Each gets those of `inputs` that it takes.
+    """
+    own = [{spec.name: inputs[spec.name] for spec in bundle.manifest.inputs} for bundle in bundles]
+    return _least([_own(bundle, given) for bundle, given in zip(bundles, own, strict=True)], seconds)
 
 
 def timed_in_turns(runs: Sequence[Run], *, seconds: float) -> list[float]:

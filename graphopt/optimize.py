@@ -186,7 +186,12 @@ def remarks(records: Sequence[Record]) -> list[str]:
 
 
 def agreement(before: Program, after: Program, data: Calibration) -> tuple[Agreement, ...]:
-    """Compare the outputs of two programs on calibration data; of those with fewer tokens the last one."""
+    """Compare the outputs of two programs on calibration data; of those with fewer tokens the last one.
+
+    Where a pass added inputs there is nothing to compare: the data has none for these.
+    """
+    if len(after.inputs) > len(before.inputs):
+        return ()
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in data:
         wanted, got = before.run(batch), after.run(batch)
@@ -251,7 +256,7 @@ def measured(done: Outcome, target: Target, *, seconds: float = 2.0) -> tuple[fl
 
     if target.kind not in ("cpu", "wasm") or not targets.runners_of(target):
         return None
-    inputs = {name: to_numpy(value) for name, value in done.calibration[0].items()}
+    inputs = {name: to_numpy(value) for name, value in done.after.completed(done.calibration[0]).items()}
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         bundles = []
         for label, program in (("before", done.captured), ("after", done.after)):

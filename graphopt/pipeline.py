@@ -22,7 +22,7 @@ from graphopt.options import Options, check_output
 from graphopt.program import Program
 from graphopt.staging import reason_of
 from graphopt.tuning import records_of, tuned
-from graphopt.verify import Run, Sample, counted, round_up, samples_of, verify
+from graphopt.verify import Run, Sample, counted, filled, round_up, samples_of, verify
 
 if TYPE_CHECKING:
     from graphopt.codegen.artefact import Artefact
@@ -188,7 +188,9 @@ def run_phases(
     seal(stage, manifest)
     if options.verify:
         step("verifying")
-        manifest = replace(manifest, verification=_verified(reduced, manifest, target, samples, stage, step))
+        manifest = replace(
+            manifest, verification=_verified(reduced, manifest, target, filled(samples, reduced), stage, step)
+        )
     step("writing")
     seal(stage, manifest)
     return outcome

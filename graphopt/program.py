@@ -180,6 +180,10 @@ class Program:
             for spec, place in zip(self.outputs, user_output_places(self._exported), strict=True)
         }
 
+    def completed(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs by name: what is given, and the examples of inputs that a pass added since."""
+        return {**(self._examples or {}), **given}
+
     # Making others from it ------------------------------------------------------------------------------------------
 
     def copy(self) -> Program:

@@ -53,6 +53,13 @@ class Record:
         why = "; ".join(reasons[::-1][:_SHOWN]) or "there is nothing in the program that it applies to"
         return [*self.notes, f"it changed nothing: {why}{more}"]
 
+    @property
+    def places(self) -> list[tuple[str, int, int]]:
+        """Where tokens were reduced ("behind blocks.3", "in front of blocks.0"), of how many, to how many."""
+        rows = [row for row in self.details if "tokens" in row and "kept" in row]
+        sides = ["in front of" if row.get("where") == "input" else "behind" for row in rows]
+        return [(f"{side} {row['name']}", row["tokens"], row["kept"]) for side, row in zip(sides, rows, strict=True)]
+
     def to_json(self, *, seconds: bool = False) -> dict[str, Any]:
         """Plain JSON values. `seconds` is left out unless asked for: artefacts must be the same from run to run."""
         data = asdict(self)

@@ -81,6 +81,12 @@ def samples_of(program: Program, calibration: Sequence[Mapping[str, Any]] | None
     return samples
 
 
+def filled(samples: Sequence[Sample], program: Program) -> list[Sample]:
+    """The samples with the examples of inputs that a pass added to the program."""
+    examples = {name: to_numpy(value) for name, value in (program.example_inputs or {}).items()}
+    return [Sample(sample.origin, {**examples, **sample.inputs}) for sample in samples]
+
+
 def counted(samples: Sequence[Sample]) -> str:
     """How many there are of each origin: "1 set of example inputs, 1 set of random inputs"."""
     origins = [sample.origin for sample in samples]

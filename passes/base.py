@@ -139,6 +139,7 @@ def run_passes(
             progress(item.name, place, len(todo))
         after = item(program)
         if reference is not None and examples is not None:
+            examples = after.completed(examples)
             results = after.run(examples)
             if item.lossless:
                 error = _compare(item.name, reference, results, program, after)

@@ -51,8 +51,8 @@ class CoreMatching(TokenReduction):
     Counts that were measured are said, so that they can be given again.
 
     Source: Wang et al., CoreMatching, ICML 2025, arXiv:2505.19235. Differs: how many tokens stay is not found for each
-    prompt; where the curve of matches runs above its chord at the elbow, the elbow stays, too. The layer is that of
-    the published code.
+    prompt; where the curve of matches runs above its chord at the elbow, the elbow stays, too; cores of many neurons
+    are whole vectors. The layer is that of the published code.
     """
 
     name: ClassVar[str] = "core-matching"

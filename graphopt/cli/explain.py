@@ -66,11 +66,11 @@ def explain(
         given, picture = read_image(source, spec, averages, deviations)
         out.step("running")
         parts = chain(run({**_others(input or []), spec.name: given}))
-        titles = [row for record in records for row in record.details if "tokens" in row and "kept" in row]
+        titles = [where for record in records for where, _, _ in record.places]
         panels, rows = [], []
         for number, part in enumerate(parts):
             left = int(part[0].max()) + 1
-            where = titles[number]["name"] if len(titles) == len(parts) else f"place {number}"
+            where = titles[number] if len(titles) == len(parts) else f"place {number}"
             panels.append(Panel(f"{where}: {left} of {part.shape[1]}", part[0]))
             rows.append({"name": where, "tokens": part.shape[1], "kept": left, "part_of": part[0].tolist()})
         draw(

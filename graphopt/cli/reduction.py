@@ -119,7 +119,7 @@ def print_outcome(console: Console, done: Outcome, times: Sequence[Times], *, ex
     print_records(console, done.records, explain=explain)
     print_sizes(console, sizes(done.captured), sizes(done.after), times)
     print_agreement(console, done.agreement, done.calibration.origin)
-    if done.calibration.is_example:
+    if done.calibration.is_example and done.agreement:
         console.print("compared on the example inputs only; --calib takes real ones", markup=False)
 
 
@@ -174,9 +174,9 @@ def print_records(console: Console, records: Sequence[Record], *, explain: bool)
     for record in records:
         changed = ", ".join(f"{count} x {what}" for what, count in record.changed.items()) or "nothing to do"
         console.print(f"pass {record.name}: {changed}", markup=False)
-        if places := [row for row in record.details if "tokens" in row and "kept" in row]:
-            steps = ", ".join(f"{row['kept']} behind {row['name']}" for row in places)
-            console.print(f"  tokens: {places[0]['tokens']}, then {steps}", markup=False)
+        if places := record.places:
+            steps = ", ".join(f"{left} {where}" for where, _, left in places)
+            console.print(f"  tokens: {places[0][1]}, then {steps}", markup=False)
         if not explain:
             continue
         if record.details:

@@ -74,6 +74,7 @@ def take(edit: Edit, beta: float) -> None:
             edit.make_input(nodes[name], _name(edit, nodes[name]))
         _note(edit, axes, axis, core_size(axis.extent, beta))
         edit.count("feed-forward part")
+    edit.note("takes the weights of core neurons as inputs; what is lost shows with those that a prefill program gives")
 
 
 def _neurons(edit: Edit, axes: Axes, hidden: Iterable[Node]) -> Iterator[tuple[Axis, Node]]:

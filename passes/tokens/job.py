@@ -157,7 +157,9 @@ class Job:
             self.cut(region, kept)
             mark(self.edit, kept, now)
             self.edit.count("place")
-            self.edit.details.append({"block": site.block, "name": site.name, "tokens": now, "kept": count})
+            self.edit.details.append(
+                {"block": site.block, "name": site.name, "where": self.options.where, "tokens": now, "kept": count}
+            )
             for reader, reason in {(each.where, each.reason) for each in region.blocked}:
                 self.declined.append(Decline(reader, f"gets all tokens: {reason}"))
             now = count

@@ -135,10 +135,21 @@ def test_explain_draws_tokens_of_a_model(cli: Cli, folder: Path, tmp_path: Path)
     command = ("explain", "tokens", small, "--image", folder / "x.png", "-o", drawn, "--mean", "0.5", "--std", "0.5")
     code, out, err = cli(*command)
     assert code == 0, err
-    assert "blocks.0: 12 of 16 tokens\nblocks.2: 9 of 16 tokens\n" in out
+    assert "behind blocks.0: 12 of 16 tokens\nbehind blocks.2: 9 of 16 tokens\n" in out
     assert Image.open(drawn).width > 300
     found = json.loads(cli(*command, "--json")[1])["places"]
     assert [len(set(row["part_of"])) for row in found] == [12, 9]
+
+
+def test_the_input_is_in_front_of_the_first_block(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    """Both where it is said what was done, and where it is drawn."""
+    small = tmp_path / "small.pt2"
+    step = "merge-tokens:counts=9,where=input,reducer=bipartite:features=true"
+    code, out, err = cli("optimize", folder / "vit.pt2", "--pass", step, "--no-measure", "-o", small)
+    assert code == 0, err
+    assert "tokens: 16, then 9 in front of blocks.0" in out
+    out = cli("explain", "tokens", small, "--image", folder / "x.png", "-o", tmp_path / "t.png")[1]
+    assert "in front of blocks.0: 9 of 16 tokens" in out
 
 
 def test_explain_draws_tokens_of_a_bundle(cli: Cli, folder: Path, small_bundle: Bundle, tmp_path: Path) -> None:
