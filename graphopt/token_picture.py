@@ -16,6 +16,7 @@ from graphopt.errors import BadImage, BadOption, CannotWrite, ToolMissing
 from graphopt.spec import TensorSpec
 
 _DIMMED = 0.2
+_GREY, _PATCH = 0.7, 16  # of a picture of nothing: its colour, and the pixels of a side of a patch
 _INSTALL = "install it: pip install 'graphopt[report]'"
 
 
@@ -94,6 +95,11 @@ def grid_of(tokens: int, height: int, width: int, given: tuple[int, int] | None)
             way_out=f"name the grid: --grid ROWSxCOLUMNS, which make {tokens}",
         )
     return rows, columns
+
+
+def blank(grid: tuple[int, int]) -> Array:
+    """A grey picture to draw a grid of patches on, (h, w, 3), where no image is known."""
+    return np.full((grid[0] * _PATCH, grid[1] * _PATCH, 3), _GREY, np.float32)
 
 
 def draw(file: Path, picture: Array, panels: Sequence[Panel], grid: tuple[int, int], title: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from graphopt.cut import Kept
 from graphopt.edit import Edit
+from graphopt.exported import output_names
 from graphopt.inline import inline
 from graphopt.program import Program
 
@@ -29,7 +30,7 @@ _READ = ("index", "sources", "slots", "matrix", "spread")
 
 def mark(edit: Edit, kept: Kept, size: int) -> None:
     """Note on the nodes of `kept` that they choose among `size` tokens, behind all places that are marked so far."""
-    place = len(_marked(edit))
+    place = _next(edit)
     for field in _READ:
         node = getattr(kept, field)
         if isinstance(node, Node):
@@ -40,27 +41,31 @@ def mark(edit: Edit, kept: Kept, size: int) -> None:
             marked.meta["custom"] = {**custom, MARK: [*custom.get(MARK, []), [place, field, size, item]]}
 
 
-def is_traced(names: list[str]) -> bool:
+def is_traced(names: Iterable[str]) -> bool:
     """Whether outputs of these names are those of `traced`."""
-    return any(_OUTPUT.fullmatch(name) for name in names)
+    return bool(_numbers(names))
 
 
 def traced(program: Program) -> Program:
-    """The program with more outputs, one for each marked place; all outputs by name. Itself where nothing is marked."""
-    if is_traced([spec.name for spec in program.outputs]):
-        return program
+    """The program with more outputs, one for each marked place; all outputs by name. Itself where none is missing."""
     edit = Edit(program)
     add_outputs(edit)
-    return program.replace(exported=edit.finish())
+    return program.replace(exported=edit.finish()) if edit.inserted else program
 
 
 def add_outputs(edit: Edit) -> None:
-    """Let the program give for each marked place which token each token is a part of."""
-    if not (places := _marked(edit)):
-        return
-    output = edit.graph.output_node()
-    numbered = sorted(places.items())
-    edit.add_outputs({f"tokens_{number}": inline(edit, part_of, *own, like=output) for number, own in numbered})
+    """Let the program give for each marked place which token each token is a part of, where it does not yet."""
+    given, output = _given(edit), edit.graph.output_node()
+    places = [(number, own) for number, own in sorted(_marked(edit).items()) if number not in given]
+    if places:
+        edit.add_outputs({f"tokens_{number}": inline(edit, part_of, *own, like=output) for number, own in places})
+
+
+def add_output(edit: Edit, parts: Node) -> None:
+    """Let the program give `parts` (b, n) int64 for one more place, whose tokens no `Kept` says."""
+    number = _next(edit)
+    add_outputs(edit)
+    edit.add_outputs({f"tokens_{number}": parts})
 
 
 def part_of(kept: Kept, size: int) -> Tensor:
@@ -75,11 +80,12 @@ def part_of(kept: Kept, size: int) -> Tensor:
     return found if kept.sources is None else found.scatter(1, kept.sources, kept.slots)
 
 
-def chain(outputs: Mapping[str, Any]) -> list[Any]:
+def chain(outputs: Mapping[str, Any], left: Sequence[int] = ()) -> list[Any]:
     """For each place, in order, which token each of the *first* tokens is a part of behind it; -1: dropped by then.
 
     Args:
         outputs: arrays by name, those of `traced` among them.
+        left: how many tokens are left behind each place, where that is known; else there are those that have parts.
 
     Returns:
         int64 arrays (b, n), n being the tokens in front of the first place. A place that has other tokens than the one
@@ -87,16 +93,34 @@ def chain(outputs: Mapping[str, Any]) -> list[Any]:
     """
     import numpy as np
 
-    numbers = sorted(int(match[1]) for name in outputs if (match := _OUTPUT.fullmatch(name)))
     found: list[Any] = []
-    for number in numbers:
+    now = 0
+    for place, number in enumerate(sorted(_numbers(outputs))):
         step = np.asarray(outputs[f"tokens_{number}"])
-        if found and int(found[-1].max()) + 1 == step.shape[1]:
+        size, now = now, left[place] if place < len(left) else int(step.max()) + 1
+        if found and size == step.shape[1]:
             before = found[-1]
             after = np.take_along_axis(step, np.maximum(before, 0), 1)
             step = np.where(before < 0, -1, after)
         found.append(step)
     return found
+
+
+def _numbers(names: Iterable[str]) -> set[int]:
+    """The places that outputs of these names are of."""
+    return {int(match[1]) for name in names if (match := _OUTPUT.fullmatch(name))}
+
+
+def _given(edit: Edit) -> set[int]:
+    """The places that the program gives outputs of."""
+    top = edit.exported.module_call_graph[0].signature
+    assert top is not None
+    return _numbers(output_names(top.out_spec))
+
+
+def _next(edit: Edit) -> int:
+    """The number of a place behind all others."""
+    return max([*_marked(edit), *_given(edit)], default=-1) + 1
 
 
 def _marked(edit: Edit) -> dict[int, tuple[Kept, int]]:

@@ -24,6 +24,7 @@ from graphopt.passes.tokens.sites import Block, blocks, streams
 from graphopt.place import place
 from graphopt.program import Program
 from graphopt.region import Span, region_of
+from graphopt.token_trace import add_outputs, mark
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Flexdit(Pass):
     modules: how many sparse-dense token modules follow; each has 2 + sparse + dense blocks.
     sparse: blocks on few tokens between merge and recovery.
     dense: blocks on all tokens behind a recovery.
+    trace: give more outputs, tokens_0, tokens_1, ..., by which `graphopt explain tokens` shows the cells of modules.
 
     Source: Chang et al., FlexDiT, arXiv:2412.06028. Differs: pooling blocks have no q and k, no matrix of ones;
     which density at which step is the sampler's.
@@ -58,6 +60,7 @@ class Flexdit(Pass):
     modules: int = 4
     sparse: int = 3
     dense: int = 1
+    trace: bool = False
 
     def apply(self, edit: Edit) -> None:
         """See Pass. Raises BadOption, CannotShrink."""
@@ -89,8 +92,14 @@ class Flexdit(Pass):
         if self.grid < side:
             for number in range(self.modules):
                 first = self.poolings + number * each
+                merge = found[first]
                 insert_module(edit, found[first : first + 2 + self.sparse], side, self.grid)
                 edit.count("sparse-dense token module")
+                edit.details.append(
+                    {"block": first, "name": merge.name, "where": "input", "tokens": tokens, "kept": self.grid**2}
+                )
+        if self.trace:
+            add_outputs(edit)
         edit.graph.eliminate_dead_code()
 
 
@@ -143,6 +152,7 @@ def insert_module(edit: Edit, own: Sequence[Block], side: int, grid: int) -> Non
     whole_keys = on_tokens(edit, [merged.key, merged.value], entry, dim, entry, logits_of(merged)[0])
     kept = inline(edit, lambda x: _cells(x, dim, side, grid), entry, like=first)
     reduced = cut(edit, region, kept)
+    mark(edit, kept, side * side)
     pooled = inline(edit, lambda x: _pooled(x, dim, side, grid), entry, like=first)
     reduced.replace_all_uses_with(pooled)  # for what crosses into the module the matrix, for the stream its sum
     attend(edit, merged, *whole_keys)

@@ -22,8 +22,10 @@ from graphopt.passes.residual import branches
 from graphopt.passes.tokens.cross import attend, attention_of, first_reader, logits_of, on_tokens, split_projection
 from graphopt.passes.tokens.protect import span_of
 from graphopt.passes.tokens.sites import Block, Site, blocks, streams
+from graphopt.passes.tokens.view import View, heads, repeated
 from graphopt.place import place
 from graphopt.region import Region, Span, region_of
+from graphopt.token_trace import add_output, part_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class SemanticTokens(Pass):
     base: blocks on image tokens in front.
     recover: the block, from 0, that brings the image tokens back.
     seed: of the centres.
+    trace: give one more output, tokens_N, by which `graphopt explain tokens` shows for each image token which semantic
+        token attends to it most in the second generation block.
 
     Source: Chang et al., "Making Vision Transformers Efficient from A Token Sparsification View" (STViT), CVPR 2023.
     Differs: pooling is of the whole grid and not by windows; class tokens are queries, too, and layer scales are on
@@ -56,6 +60,7 @@ class SemanticTokens(Pass):
     base: int = 4
     recover: int | None = None
     seed: int = 0
+    trace: bool = False
 
     def apply(self, edit: Edit) -> None:
         """See Pass. Raises BadOption, CannotShrink."""
@@ -82,11 +87,16 @@ class SemanticTokens(Pass):
         reader = next(iter(recovery[0].end.users)) if recovery else None
         at = reader.all_input_nodes.index(recovery[0].end) if reader else 0
         image = generate(edit, first, region, self.count)
-        refine(edit, second, image, span, self.count, self.centres(edit, second, span))
+        parts = refine(edit, second, image, span, self.count, self.centres(edit, second, span), self.trace)
         scale(edit, (first, second))
         if reader:
             bring_back(edit, recovery, reader.all_input_nodes[at], image, span, self.count)
         edit.count("generation of semantic tokens")
+        edit.details.append(
+            {"block": self.base, "name": first.name, "where": "input", "tokens": span.size, "kept": self.count}
+        )
+        if parts is not None:
+            add_output(edit, parts)
         edit.graph.eliminate_dead_code()
 
     def check(self, number: int) -> None:
@@ -146,8 +156,11 @@ def generate(edit: Edit, block: Block, region: Region, count: int) -> Node:
     return found
 
 
-def refine(edit: Edit, block: Block, image: Node, span: Span, count: int, centres: Node) -> None:
-    """The second block: centres are added to its queries, its keys and values are of the few and the image."""
+def refine(edit: Edit, block: Block, image: Node, span: Span, count: int, centres: Node, trace: bool) -> Node | None:
+    """The second block: centres are added to its queries, its keys and values are of the few and the image.
+
+    With `trace`, gives which of the few looks most at each image token, (b, span) int64.
+    """
     attention = attention_of(edit, block.attention.node)
     start = logits_of(attention)[0]
     behind = int(block.entry.meta["val"].shape[1]) - span.start - count
@@ -159,8 +172,27 @@ def refine(edit: Edit, block: Block, image: Node, span: Span, count: int, centre
     centred, both = inline(edit, joined, block.entry, image, centres, like=first_reader(block.entry))
     (query,) = on_tokens(edit, [attention.query], block.entry, 1, centred, start)
     around = on_tokens(edit, [attention.key, attention.value], block.entry, 1, both, start)
+    parts = _looked_at(edit, block, query, around[0], span, count, like=start) if trace else None
     start.replace_input_with(attention.query, query)
     attend(edit, attention, *around)
+    return parts
+
+
+def _looked_at(edit: Edit, block: Block, query: Node, key: Node, span: Span, count: int, like: Node) -> Node:
+    """For each image token, whose keys stand last, the semantic token that attends to it most, mean over heads."""
+    samples = int(block.entry.meta["val"].shape[0])
+
+    attention = attention_of(edit, block.attention.node)
+
+    def looked(query: Tensor, key: Tensor) -> Tensor:
+        key = key.transpose(-1, -2) if attention.turned else key
+        own = heads(query, samples)
+        view = View(own, own, repeated(heads(key, samples), own.shape[1]), scale=attention.scale)
+        rows = view.rows(slice(span.start, span.start + count)).mean(1)
+        return part_of(Kept(None, matrix=rows[:, :, rows.shape[2] - span.size :]), span.size)
+
+    found: Node = inline(edit, looked, query, key, like=like)
+    return found
 
 
 def scale(edit: Edit, own: Sequence[Block]) -> None:

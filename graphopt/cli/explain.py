@@ -24,7 +24,12 @@ WHATS = ("tokens",)
 def explain(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="tokens: which of them survive, place by place.")],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2 file, or a bundle compiled with trace=true.")],
-    image: Annotated[str, typer.Option("--image", metavar="[NAME=]FILE", help="The image that the model sees.")],
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image", metavar="[NAME=]FILE", help="The image that the model sees. [default: its examples, undrawn]"
+        ),
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="FILE.png", help="What to write; .svg and .pdf, too.")
     ] = "tokens.png",
@@ -45,7 +50,10 @@ def explain(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Draw which tokens of an image survive in a model whose tokens are reduced, place by place."""
+    """Draw which tokens of an image survive in a model whose tokens are reduced, place by place.
+
+    Models whose input is no image, such as a diffusion transformer of latents, run on their example inputs or --input.
+    """
     out = Output(json, quiet, verbose)
     from graphopt.errors import BadOption
 
@@ -55,31 +63,31 @@ def explain(
     shape = _grid(grid)
     with out.working("importing PyTorch"):
         from graphopt.options import check_place
-        from graphopt.token_picture import Panel, draw, grid_of, image_input, read_image
-        from graphopt.token_trace import chain
+        from graphopt.token_picture import Panel, blank, draw, grid_of, image_input, read_image
+        from graphopt.token_trace import chain, is_traced
 
         check_place(file, "file")
         user_code(imports, needed=False)
         name, specs, records, run = _opened(model)
-        wanted, _, source = ("", "", image) if Path(image).is_file() else image.rpartition("=")
-        spec = image_input(name, specs, wanted or None)
-        given, picture = read_image(source, spec, averages, deviations)
+        given, picture, title = _others(input or []), None, name
+        if image is not None:
+            wanted, _, source = ("", "", image) if Path(image).is_file() else image.rpartition("=")
+            spec = image_input(name, specs, wanted or None)
+            given[spec.name], picture = read_image(source, spec, averages, deviations)
+            title = f"{name}: {Path(source).name}"
         out.step("running")
-        parts = chain(run({**_others(input or []), spec.name: given}))
-        titles = [where for record in records for where, _, _ in record.places]
+        results, known = run(given), [place for record in records for place in record.places]
+        if len(known) != sum(is_traced([name]) for name in results):
+            known = []
+        parts = chain(results, [left for _, _, left in known])
         panels, rows = [], []
         for number, part in enumerate(parts):
-            left = int(part[0].max()) + 1
-            where = titles[number] if len(titles) == len(parts) else f"place {number}"
+            where, _, left = known[number] if known else (f"place {number}", 0, int(part[0].max()) + 1)
             panels.append(Panel(f"{where}: {left} of {part.shape[1]}", part[0]))
             rows.append({"name": where, "tokens": part.shape[1], "kept": left, "part_of": part[0].tolist()})
-        draw(
-            file,
-            picture,
-            panels,
-            grid_of(parts[0].shape[1], spec.shape[2], spec.shape[3], shape),
-            f"{name}: {Path(source).name}",
-        )
+        size = (1, 1) if picture is None else picture.shape[:2]
+        patches = grid_of(parts[0].shape[1], *size, shape)
+        draw(file, blank(patches) if picture is None else picture, panels, patches, title)
     data = {"output": str(file), "name": name, "places": rows}
     out.result(data, lambda console: _print(console, file, rows))
 
@@ -108,7 +116,8 @@ def _opened(model: str) -> tuple[str, Sequence[TensorSpec], Sequence[Record], An
         raise NoTokens(
             file=model,
             reason="has no places where tokens are reduced",
-            way_out="reduce them first: graphopt optimize MODEL --pass merge-tokens --flops 0.6 -o small.pt2",
+            way_out="reduce them first: graphopt optimize MODEL --pass merge-tokens --flops 0.6 -o small.pt2; "
+            "semantic-tokens wants trace=true",
         )
 
     def run(arrays: Mapping[str, Array]) -> dict[str, Array]:

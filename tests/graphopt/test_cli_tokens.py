@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from graphopt.bundle import Bundle
+from tests.token_models import Dit, random
 from tests.transformer_nets import VisionTransformer
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -19,11 +20,14 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vit.pt2: 16 patches, three blocks; cnn.pt2 without attention; x.png."""
+    """vit.pt2: 16 patches, three blocks; dit.pt2: as many, of a latent; cnn.pt2 without attention; x.png."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("tokens")
     module = VisionTransformer(dim=16, heads=2, layers=3, image=16, patch=4, classes=3).eval()
     torch.export.save(torch.export.export(module, (torch.rand(1, 3, 16, 16),)), place / "vit.pt2")
+    dit = random(Dit(layers=4, channels=4)).eval()
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([1.7]), torch.tensor([2]))
+    torch.export.save(torch.export.export(dit, inputs), place / "dit.pt2")
     cnn = torch.nn.Conv2d(3, 4, 3).eval()
     torch.export.save(torch.export.export(cnn, (torch.rand(1, 3, 8, 8),)), place / "cnn.pt2")
     pixels = np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)
@@ -169,6 +173,26 @@ def test_explain_draws_tokens_of_a_bundle(cli: Cli, folder: Path, small_bundle: 
     assert "trace=true" in err
 
 
+def test_explain_draws_modules_and_semantic_tokens(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    """Passes that cut on their own; latents are no image, so the model runs on its examples."""
+    step = "flexdit:grid=2,poolings=1,modules=1,sparse=1,dense=0"
+    small, drawn = tmp_path / "small.pt2", tmp_path / "t.png"
+    assert cli("optimize", folder / "dit.pt2", "--pass", step, "--no-measure", "-o", small)[0] == 0
+    code, out, err = cli("explain", "tokens", small, "-o", drawn)
+    assert code == 0, err
+    assert "in front of blocks.1: 4 of 16 tokens" in out
+    assert Image.open(drawn).width > 300
+    step = "semantic-tokens:count=4,base=0"
+    assert cli("optimize", folder / "vit.pt2", "--pass", step, "--no-measure", "-o", small)[0] == 0
+    code, _, err = cli("explain", "tokens", small, "--image", folder / "x.png", "-o", drawn)
+    assert code == 2
+    assert "semantic-tokens wants trace=true" in err
+    assert cli("optimize", folder / "vit.pt2", "--pass", f"{step},trace=true", "--no-measure", "-o", small)[0] == 0
+    code, out, err = cli("explain", "tokens", small, "--image", folder / "x.png", "-o", drawn)
+    assert code == 0, err
+    assert "in front of blocks.0: 4 of 16 tokens" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -176,7 +200,7 @@ def test_explain_draws_tokens_of_a_bundle(cli: Cli, folder: Path, small_bundle: 
         (("tokns", "vit.pt2", "--image", "x.png"), 2, "known are: tokens"),
         (("tokens", "vit.pt2", "--image", "x.png", "--mean", "a"), 2, "--mean a"),
         (("tokens", "vit.pt2", "--image", "x.png", "--grid", "4"), 2, "ROWSxCOLUMNS"),
-        (("tokens", "vit.pt2"), 2, "--image"),
+        (("tokens", "vit.pt2"), 2, "no places where tokens are reduced"),
         (("tokens", "none.pt2", "--image", "x.png"), 5, "cannot be read"),
     ],
 )

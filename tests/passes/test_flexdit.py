@@ -17,6 +17,7 @@ from graphopt.passes import PREPARE, make
 from graphopt.passes.base import run_passes
 from graphopt.passes.flexdit import densities
 from graphopt.program import Program
+from graphopt.token_trace import chain, traced
 from tests.token_models import Dit, DitBlock, random
 from tests.transformer_nets import Decoder
 
@@ -191,6 +192,22 @@ def test_densities_share_their_parameters() -> None:
     assert any(name.endswith(".up.weight") for name in one)
     trained = with_joins(programs[1], 5)
     assert torch.equal(with_joins(programs[2], None)[0][0], trained[0][0])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_trace_is_the_cells_of_each_module(batch: int) -> None:
+    """All tokens are there again in front of each; marks and `trace` say the same, and outputs stay what they were."""
+    program = captured(model_of(), batch)
+    plain = make("flexdit", grid=2, poolings=1, modules=2, sparse=1, dense=0)(program)
+    more = make("flexdit", grid=2, poolings=1, modules=2, sparse=1, dense=0, trace=True)(program)
+    cells = [row // 2 * 2 + column // 2 for row in range(SIDE) for column in range(SIDE)]
+    inputs = program.example_inputs or {}
+    for given in (traced(plain), more):
+        results = given.run(inputs)
+        parts = chain({name: value.numpy() for name, value in results.items()})
+        assert [part.tolist() for part in parts] == [[cells] * batch] * 2
+        assert torch.equal(results["output"], plain.run(inputs)["output"])
+    assert plain.records[-1].places == [("in front of blocks.1", 16, 4), ("in front of blocks.4", 16, 4)]
 
 
 def test_what_cannot_be_is_refused_with_a_reason() -> None:

@@ -15,6 +15,7 @@ from graphopt.errors import BadOption, CannotShrink
 from graphopt.passes import PREPARE, make
 from graphopt.passes.base import run_passes
 from graphopt.program import Program
+from graphopt.token_trace import chain, traced
 from tests.token_models import Segmenter, random
 from tests.transformer_nets import Block, Swin, VisionTransformer
 
@@ -93,6 +94,47 @@ def test_semantic_tokens_equal_their_formulas(batch: int, few: int, base: int) -
         s = reference(model, x, small.exported.state_dict, few, base, None)
         wanted = model.head(model.norm(s)[:, 0])
     torch.testing.assert_close(small.run({"x": x})["output"], wanted, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("few", [2, 3])
+def test_the_trace_is_who_looks_at_an_image_token_most(batch: int, few: int) -> None:
+    """Among the semantic tokens, in the second generation block, mean over heads; other outputs stay."""
+    model, x = vit(), image_of(batch)
+    small, plain = (after(model, x, count=few * few, base=1, trace=trace) for trace in (True, False))
+    state = small.exported.state_dict
+    with torch.no_grad():
+        tokens = model.patch(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([model.cls.expand(batch, -1, -1), tokens], 1) + model.position
+        tokens = model.blocks[0](tokens)
+        image = tokens[:, 1:]
+        grid = image.transpose(1, 2).unflatten(-1, (SIDE, SIDE))
+        s = torch.cat([tokens[:, :1], F.adaptive_max_pool2d(grid, few).flatten(2).transpose(1, 2)], 1)
+        first, second = model.blocks[1], model.blocks[2]
+        s = s + state["blocks.1.scale1"] * attended(first, s, torch.cat([s, image], 1))
+        s = s + state["blocks.1.scale2"] * first.mlp(first.norm2(s))
+        q = second.norm1(s + F.pad(state["blocks.2.centres"], (0, 0, 1, 0)))
+        weight, bias = (each.chunk(3) for each in second.attention.project[0].parameters())
+        q, k = F.linear(q, weight[0], bias[0]), F.linear(second.norm1(torch.cat([s, image], 1)), weight[1], bias[1])
+        q, k = (each.unflatten(-1, (4, -1)).transpose(1, 2) for each in (q, k))
+        rows = (q @ k.transpose(-1, -2) * (DIM // 4) ** -0.5).softmax(-1).mean(1)
+    results = small.run({"x": x})
+    assert torch.equal(results["tokens_0"], rows[:, 1:, -SIDE * SIDE :].argmax(1))
+    assert torch.equal(results["output"], plain.run({"x": x})["output"])
+    assert small.records[-1].places == [("in front of blocks.1", 16, few * few)]
+
+
+def test_the_trace_goes_on_behind_other_passes() -> None:
+    """Places of passes in front, marked or traced, keep their numbers; a later one chooses among semantic tokens."""
+    model, x = vit(), image_of(1)
+    program = run_passes(graphopt.capture(model, (x,)), PREPARE)
+    small = make("semantic-tokens", count=9, base=1, trace=True)(program)
+    fewer = make("prune-tokens", counts=(4,), sites=(2,), trace=True)(small)
+    assert [spec.name for spec in fewer.outputs] == ["output", "tokens_0", "tokens_1"]
+    first, second = chain({name: value.numpy() for name, value in fewer.run({"x": x}).items()}, [9, 4])
+    assert first.shape == second.shape == (1, 16)
+    assert set(second[0]) <= {-1, 0, 1, 2, 3}
+    assert traced(fewer) is fewer
 
 
 @pytest.mark.parametrize("batch", [1, 2])
