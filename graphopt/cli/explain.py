@@ -85,8 +85,8 @@ def explain(
             where, _, left = known[number] if known else (f"place {number}", 0, int(part[0].max()) + 1)
             panels.append(Panel(f"{where}: {left} of {part.shape[1]}", part[0]))
             rows.append({"name": where, "tokens": part.shape[1], "kept": left, "part_of": part[0].tolist()})
-        size = (1, 1) if picture is None else picture.shape[:2]
-        patches = grid_of(parts[0].shape[1], *size, shape)
+        height, width = (1, 1) if picture is None else picture.shape[:2]
+        patches = grid_of(parts[0].shape[1], height, width, shape)
         draw(file, blank(patches) if picture is None else picture, panels, patches, title)
     data = {"output": str(file), "name": name, "places": rows}
     out.result(data, lambda console: _print(console, file, rows))
