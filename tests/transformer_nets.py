@@ -133,7 +133,9 @@ class LlamaBlock(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
         self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[Tensor] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         b, n, c = x.shape
         y = self.norm1(x)
         q = rotate(self.q(y).view(b, n, self.heads, self.size).transpose(1, 2), cos, sin)
@@ -142,7 +144,7 @@ class LlamaBlock(nn.Module):
         if cache is not None:
             cache += [k, v]
         k, v = (t.repeat_interleave(self.heads // self.groups, 1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.o(y.transpose(1, 2).reshape(b, n, c))
         y = self.norm2(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))

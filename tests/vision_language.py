@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.transformer_nets import Block, Llama, tables
+from tests.transformer_nets import Block, Llama, rotate, tables
 
 BEFORE, VISUAL, BEHIND = 3, 16, 5  # tokens: text, image, text
 
@@ -40,6 +41,41 @@ class LlavaLike(nn.Module):
             x = block(x, cos, sin, cache)
         logits = self.decoder.head(self.decoder.norm(x))
         return (logits, *cache) if self.cached else (logits,)
+
+
+class Placed(nn.Module):
+    """The decoder on text and visual tokens that are given as they are; whatever has a lower place is seen."""
+
+    def __init__(self, model: LlavaLike) -> None:
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(self, words: Tensor, image: Tensor, places: Tensor) -> Tensor:
+        text = self.decoder.word(words)
+        x = torch.cat([text[:, :BEFORE], image, text[:, BEFORE:]], 1)
+        for block in self.decoder.blocks:
+            x = block(x, *tables(places, self.decoder.size), mask=places[:, None] >= places)
+        return self.decoder.head(self.decoder.norm(x))
+
+
+class Decode(nn.Module):
+    """One more word behind a prefill: `places` (layers,) says where it stands in each, `cache` may differ in length."""
+
+    def __init__(self, model: LlavaLike) -> None:
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(self, word: Tensor, places: Tensor, cache: list[Tensor]) -> Tensor:
+        x = self.decoder.word(word)
+        for number, block in enumerate(self.decoder.blocks):
+            y, at = block.norm1(x), tables(places[number : number + 1], self.decoder.size)
+            q, k, v = (f(y).unflatten(-1, (-1, block.size)).transpose(1, 2) for f in (block.q, block.k, block.v))
+            k, v = torch.cat([cache[2 * number], rotate(k, *at)], 2), torch.cat([cache[2 * number + 1], v], 2)
+            k, v = (t.repeat_interleave(block.heads // block.groups, 1) for t in (k, v))
+            x = x + block.o(F.scaled_dot_product_attention(rotate(q, *at), k, v).transpose(1, 2).flatten(2))
+            y = block.norm2(x)
+            x = x + block.down(F.silu(block.gate(y)) * block.up(y))
+        return self.decoder.head(self.decoder.norm(x))
 
 
 def example(batch: int = 1, seed: int = 2) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ import graphopt
 from graphopt.errors import BadOption
 from graphopt.optimize import plan, reduce
 from graphopt.passes import make
+from graphopt.token_trace import chain, traced
 from tests.passes.tokens.visual import by_last, logits_of, program_of, staged
-from tests.vision_language import BEFORE, BEHIND, VISUAL, example, llava
+from tests.vision_language import BEFORE, BEHIND, VISUAL, Decode, Placed, example, llava
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
@@ -36,6 +37,60 @@ def test_positions_that_are_kept_and_given_anew_differ() -> None:
     program = program_of(model, inputs)
     kept, anew = (logits_of(make("pyramid-drop", positions=way)(program), inputs) for way in ("keep", "renumber"))
     assert (kept - anew).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_order_of_visual_tokens_does_not_matter(batch: int) -> None:
+    """Visual tokens in another order, their positions with them: the same ones stay, and the same last logits."""
+    model, words = Placed(llava()), example(batch)["input_ids"]
+    random = torch.Generator().manual_seed(4)
+    image, order = torch.randn(batch, VISUAL, 32, generator=random), torch.randperm(VISUAL, generator=random)
+    places = torch.arange(BEFORE + VISUAL + BEHIND)
+    moved = torch.cat([places[:BEFORE], places[BEFORE : BEFORE + VISUAL][order], places[BEFORE + VISUAL :]])
+    inputs = {"words": words, "image": image, "places": places}
+    small = traced(make("pyramid-drop", positions="keep")(program_of(model, inputs)))
+    one, two = small.run(inputs), small.run({"words": words, "image": image[:, order], "places": moved})
+    torch.testing.assert_close(one["output"][:, -1], two["output"][:, -1], atol=2e-5, rtol=1e-4)
+    for mine, theirs in zip(chain(one), chain(two), strict=True):
+        assert ((mine[:, order] < 0) == (theirs < 0)).all()
+
+
+def test_a_visual_token_that_the_last_one_asks_for_stays() -> None:
+    """Its key in the next layer is the last token's query: it is never dropped, wherever it stands."""
+    model = llava()
+    with torch.no_grad():
+        first, following = model.decoder.blocks[:2]
+        for layer in (first.o, first.down):
+            layer.weight.zero_()  # tokens come to the next layer as they are
+        following.q.weight.copy_(following.k.weight.view(2, 8, -1).repeat_interleave(2, 0).flatten(0, 1))
+    random = torch.Generator().manual_seed(5)
+    words, image = example(VISUAL)["input_ids"], torch.randn(VISUAL, VISUAL, 32, generator=random)
+    with torch.no_grad():
+        image[torch.arange(VISUAL), torch.arange(VISUAL)] = model.decoder.word(words[:, -1])  # sample n has it at n
+    inputs = {"words": words, "image": image, "places": torch.zeros(BEFORE + VISUAL + BEHIND).long()}  # no rotation
+    small = traced(make("pyramid-drop", sites=(0,), counts=(3,))(program_of(Placed(model), inputs)))
+    (kept,) = chain(small.run(inputs))
+    assert ((kept >= 0).sum(1) == 3).all()
+    assert (kept.diagonal() >= 0).all()
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_decoding_behind_a_prefill_is_one_prefill_of_the_whole_text(positions: str) -> None:
+    """Each layer's keys and values are of its own tokens; the next word stands behind all, or behind those of it."""
+    model, inputs = llava(True), example()
+    small = make("pyramid-drop", positions=positions)(program_of(model, inputs))
+    _, *cache = small.run(inputs).values()
+    lengths = torch.tensor([keys.shape[2] for keys in cache[::2]])
+    word = torch.tensor([[7]])
+    step = {"word": word, "places": lengths if positions == "renumber" else torch.full_like(lengths, 24)}
+    step |= {"cache": cache}
+    got = graphopt.capture(Decode(model).eval(), step).to_module()(**step)
+    kept = [row["kept"] for row in small.records[-1].details if "kept" in row]
+    stages = {number: by_last(count, behind=1) for number, count in enumerate(kept)}
+    whole = inputs | {"input_ids": torch.cat([inputs["input_ids"], word], 1)}
+    with torch.no_grad():
+        wanted, _, _ = staged(model, whole, stages, positions == "renumber")
+    torch.testing.assert_close(got[:, -1], wanted[:, -1], atol=2e-5, rtol=1e-4)
 
 
 def test_the_query_of_the_last_token_alone_is_computed() -> None:

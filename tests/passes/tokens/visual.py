@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.passes import PREPARE
@@ -18,7 +18,7 @@ from tests.vision_language import BEFORE, VISUAL, LlavaLike
 Choose = Callable[[Tensor, Tensor, slice], Tensor]
 
 
-def program_of(model: LlavaLike, inputs: dict[str, Tensor]) -> Program:
+def program_of(model: nn.Module, inputs: dict[str, Tensor]) -> Program:
     return run_passes(graphopt.capture(model, inputs), PREPARE)
 
 
@@ -50,11 +50,15 @@ def staged(
     return decoder.head(decoder.norm(x)), cache, [places]
 
 
-def by_last(count: int) -> Choose:
-    """PyramidDrop: the most attended by the last token under the causal mask, mean over heads, in order."""
+def by_last(count: int, behind: int = 0) -> Choose:
+    """PyramidDrop: the most attended by the last token under the causal mask, mean over heads, in order.
+
+    behind: how many tokens stand behind the last one of the prompt.
+    """
 
     def choose(q: Tensor, k: Tensor, visual: slice) -> Tensor:
-        row = (q[:, -1:] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(0)[0]
+        last = q.shape[1] - behind
+        row = (q[:, last - 1 : last] @ k[:, :last].transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(0)[0]
         return row[visual].topk(count).indices.sort().values
 
     return choose
