@@ -24,7 +24,7 @@ class DropSegments(TokenReduction):
     Positions are kept. Keys and values that leave the program are those of the tokens that a layer has.
 
     segments: START:STOP, one or more.
-    sites: the block, from 0, at whose end they go.
+    sites: the block, from 0, at whose end they go; with `where=input` they go in front of the first.
 
     Source: the history compression of Li et al., HiconAgent, arXiv:2512.01763.
     """

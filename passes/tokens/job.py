@@ -83,6 +83,7 @@ class Job:
         """
         options, self.blocks = self.options, len(ends)
         chosen = options.default_sites(self.blocks) if options.sites is None else options.sites
+        chosen = () if options.where == "input" else chosen  # one place, in front of all blocks
         until = [] if options.until is None else [options.until]
         for option, own in (("until", until), ("sites", chosen)):
             if unknown := [number for number in own if not 0 <= number < self.blocks]:

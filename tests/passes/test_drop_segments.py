@@ -29,6 +29,35 @@ def test_segments_are_dropped_behind_a_block(segments: tuple[str, ...]) -> None:
     torch.testing.assert_close(logits_of(small, inputs), wanted, atol=2e-5, rtol=1e-4)
 
 
+GONE = {"segments": ("1:2", "6:12")}
+STAY = torch.tensor([place for place in range(24) if place != 1 and not 6 <= place < 12])
+
+
+def test_dropping_before_the_first_layer_is_a_shorter_input_with_its_positions() -> None:
+    """No layer has ever seen what is gone; the others are where they were."""
+    model, inputs = llava(True), example(2)
+    small = make("drop-segments", where="input", **GONE)(program_of(model, inputs))
+    decoder, cache = model.decoder, []
+    with torch.no_grad():
+        x = model.embed(inputs["input_ids"], inputs["pixels"])[:, STAY]
+        for block in decoder.blocks:
+            x = block(x, *tables(STAY, decoder.size), cache)
+        wanted = decoder.head(decoder.norm(x))
+    for mine, theirs in zip(small.run(inputs).values(), [wanted, *cache], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_dropping_behind_the_last_layer_leaves_what_stays_as_it_is() -> None:
+    """Keys and values are those of all tokens, logits those of the tokens that stay, bit by bit."""
+    program, inputs = program_of(llava(True), example(2)), example(2)
+    small = make("drop-segments", sites=(3,), **GONE)(program)
+    whole = list(program.run(inputs).values())
+    got = list(small.run(inputs).values())
+    torch.testing.assert_close(got[0], whole[0][:, STAY], atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(got[1:], whole[1:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("segments", [(), ("5:3",), ("4:4",), ("a:b",), ("3",)])
 def test_segments_that_are_none_are_refused(segments: tuple[str, ...]) -> None:
     """Empty, backwards, no numbers: one error that says how to write them."""
