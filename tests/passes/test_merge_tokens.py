@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
+from torch import Tensor
 
+from graphopt.cut import Kept
+from graphopt.passes.tokens.reducers import REDUCERS, Bipartite
+from graphopt.passes.tokens.view import View
 from tests.passes.tokens.vision import PATCHES, after, image_of, model_of
 from tests.tome import MergedVisionTransformer
 
@@ -18,6 +25,30 @@ def test_merge_tokens_is_token_merging(batch: int, counts: tuple[int, ...]) -> N
     with torch.no_grad():
         wanted = MergedVisionTransformer(model, removed)(x)
     torch.testing.assert_close(after(model, x, "merge-tokens", counts=counts)[1], wanted, atol=2e-5, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Shuffled(Bipartite):
+    """The same merges; new tokens in another order."""
+
+    def __call__(self, view: View, scores: Tensor | None, count: int) -> Kept:
+        kept = super().__call__(view, scores, count)
+        order = torch.tensor(random.Random(0).sample(range(count), count))
+        return replace(
+            kept, index=kept.index[:, order], slots=torch.argsort(order)[kept.slots], size=kept.size[:, order]
+        )
+
+
+def test_order_of_merged_tokens_does_not_matter_to_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ToMe leaves those that were not merged in front; any other order gives the same. One place: pairs of the next
+    would be of other halves."""
+    model, x = model_of(1), image_of(2, 2)
+    options = {"counts": (9,), "sites": (0,)}
+    one = after(model, x, "merge-tokens", **options)[1]
+    monkeypatch.setitem(REDUCERS, "bipartite", Shuffled)
+    two = after(model, x, "merge-tokens", **options)[1]
+    assert not torch.equal(one, two)
+    torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reducer", ["bipartite", "cluster", "transform:tau=0.001,spread=1"])

@@ -126,6 +126,19 @@ def test_alignment_is_the_whole_scan_with_nothing_fed_where_tokens_are_gone() ->
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("gone", ["(10,11,12,13,14,15)", "(0,1,2,12,13)"])
+def test_where_neighbours_stay_neighbours_alignment_changes_nothing(gone: str) -> None:
+    """g = 1 everywhere, where tokens go at the ends of a snake of rows and its reverse: the scan is the compact one."""
+    model, x = model_of(PlainMamba, 2), image_of(2)
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = ScanBlock(16, 12, 3, grid_orders(SIDE)[:2]).eval()
+        model.blocks[number].load_state_dict(block.state_dict(), strict=False)
+    count = N - len(gone.split(","))
+    options = {"sites": (0,), "counts": (count,), "reducer": f"listed:gone={gone}"}
+    one, two = (after(model, x, align=align, **options)[1] for align in (True, False))
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
 def test_a_sub_grid_is_visited_in_the_order_of_the_whole() -> None:
     """What the reference above stands on: relative order per direction is that of the full grid, not of a new grid."""
     stay = torch.tensor([0, 2, 8, 10])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import graphopt
 from graphopt.cost import summary
@@ -146,6 +148,26 @@ def test_recovery_brings_every_token_back_to_a_dense_head(batch: int, recover: i
     with torch.no_grad():
         wanted = model.dense(reference(model, x, small.exported.state_dict, 2, 0, recover))
     torch.testing.assert_close(small.run({"x": x})["output"], wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_gradients_reach_everything_that_is_trained() -> None:
+    """Every parameter and every pixel, through pooling, generation and recovery."""
+    x = image_of(2).requires_grad_()
+    small = after(segmenter(), image_of(2), count=4, base=1, recover=4)
+    module = small.to_module()
+    own = {name: tensor.requires_grad_() for name, tensor in module.named_parameters()}
+    functional_call(module, own, (x,)).square().sum().backward()
+    assert x.grad is not None
+    assert (x.grad.abs().amax((0, 1)) > 0).all()
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in own.values())
+
+
+def test_a_file_gives_the_same_again(tmp_path: Path) -> None:
+    """Pooling, both generation blocks and recovery are what torch.export can write and read."""
+    x = image_of(2)
+    small = after(segmenter(), x, count=4, base=1, recover=4)
+    small.save(tmp_path / "small.pt2")
+    assert torch.equal(graphopt.capture(tmp_path / "small.pt2").run({"x": x})["output"], small.run({"x": x})["output"])
 
 
 def test_as_many_as_tokens_and_no_scale_give_the_image_tokens() -> None:

@@ -173,6 +173,32 @@ def test_equal_tokens_give_twice_a_token_by_the_published_rule() -> None:
         torch.testing.assert_close(out[0, 5:], factor * view.x[0, 1:3])
 
 
+@pytest.mark.parametrize("rule", ["mean", "add"])
+def test_a_target_that_nothing_goes_to_is_as_it_was(rule: str) -> None:
+    """VisionDrop: of two targets, the others all go to the first; each of them counts once."""
+    view, scores = view_of(5, 1, 1, 0, sized=False)
+    scores[0] = -torch.arange(SPAN).float()  # the first ten stay; the others are 10 to 15, 10 and 13 targets
+    view.key[:, :, 1:] = view.key[:, :, 11:12]
+    view.key[:, :, 1 + 13] *= -1
+    kept, out = reduce(make("contextual", context=2, rule=rule), view, scores, 12)
+    assert kept.index[0].tolist() == [*range(10), 10, 13]
+    assert torch.equal(out[0, 1:11], view.x[0, 1:11])
+    torch.testing.assert_close(out[0, 12], view.x[0, 1 + 13])
+    others = view.x[0, [1 + n for n in (11, 12, 14, 15)]]
+    target = view.x[0, 1 + 10]
+    gathered = torch.cat([target[None], others]).mean(0) if rule == "mean" else target + others.mean(0)
+    torch.testing.assert_close(out[0, 11], gathered)
+
+
+def test_no_contextual_tokens_are_top_k() -> None:
+    """context=0 divides nothing by zero: what is not dominant is dropped."""
+    view, scores = view_of(9, 2, 1, 0, sized=False)
+    (_, one), (_, two) = (reduce(make(*each), view, scores, 6) for each in (("top-k",), ("contextual",)))
+    assert not torch.equal(one, two)
+    _, none = reduce(make("contextual", context=0), view, scores, 6)
+    assert torch.equal(one, none)
+
+
 def test_clusters_are_those_of_lloyd() -> None:
     """k-means by cosine, seeds fixed in their clusters, the steps written out."""
     view, scores = view_of(6, 1, 1, 0, sized=True)
