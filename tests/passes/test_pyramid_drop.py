@@ -128,7 +128,7 @@ def test_the_reduced_model_compiles_and_is_compared_at_its_last_token() -> None:
     done = reduce(program_of(model, inputs), plan(["pyramid-drop:positions=keep"], None, {}))
     assert {each.output for each in done.agreement} >= {"output_0, last token", "output_1"}
     wanted = done.after.run(inputs)
-    with graphopt.compile(done.after, target="cpu") as bundle:
+    with graphopt.compile(done.after, target="cpu:x86-64-v3") as bundle:
         got = bundle.run({name: value.numpy() for name, value in inputs.items()})
     for name, value in wanted.items():
         torch.testing.assert_close(torch.from_numpy(got[name]), value, atol=1e-4, rtol=1e-4)
