@@ -20,8 +20,9 @@ class PyramidDrop(TokenReduction):
 
     They are ranked by the attention that the last token pays them in the next layer, whose query is computed for this
     token alone. Text stays. With `positions=renumber`, as published, those that stay move up; with `keep` they are
-    where they were, which is the same as masking the others out. Keys and values that leave the program are those of
-    the tokens that a layer has, with `outputs=shrink`. For prefill.
+    where they were, which is the same as masking the others out; the way for positions in rows (M-RoPE), whose first
+    places are text and the top of the image. Keys and values that leave the program are those of the tokens that a
+    layer has, with `outputs=shrink`. For prefill.
 
     keep: the share of the visual tokens that is left behind the last stage; an eighth.
 

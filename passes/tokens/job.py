@@ -161,8 +161,8 @@ class Job:
             self.edit.details.append(
                 {"block": site.block, "name": site.name, "where": self.options.where, "tokens": now, "kept": count}
             )
-            for reader, reason in {(each.where, each.reason) for each in region.blocked}:
-                self.declined.append(Decline(reader, f"gets all tokens: {reason}"))
+            said = [Decline(each.where, f"gets all tokens: {each.reason}") for each in dict.fromkeys(region.blocked)]
+            self.declined += [each for each in said if each not in self.declined]
             now = count
             if self.reducer.sized:
                 size = kept.size

@@ -53,7 +53,7 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
         # Several images: from the first to the last would take the text between them; the longest one it is.
         first, last = max(places, key=lambda place: place[1] - place[0])
         return Span(site.dim, first, last)
-    scattered = _scattered(axes, node, site.dim, measured)
+    scattered = _scattered(axes, node, site.dim, _measured(axes.program, 2))
     attention = site.attention or site.following
     if scattered is not None or (attention is not None and _is_causal(axes.program, attention, size)):
         seen = _places(axes.program, scattered) if scattered is not None else None
@@ -136,15 +136,15 @@ def _value(program: Program, node: Node) -> Tensor | None:
 _NEVER = -1e4  # what masks add to logits that shall not count, or less
 
 
-def _measured(program: Program) -> set[Node]:
-    """The calls that are computed from the user's floating-point inputs."""
+def _measured(program: Program, rank: int = 3) -> set[Node]:
+    """The calls that are computed from the user's floating-point inputs, of such a rank or more: no mere numbers."""
     specs = program.exported.graph_signature.input_specs
     users = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
     found: set[Node] = set()
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in users:
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 2:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= rank:
                 found.add(node)
         elif any(source in found for source in node.all_input_nodes):
             found.add(node)
