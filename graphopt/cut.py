@@ -86,7 +86,8 @@ def cut(edit: Edit, region: Region, kept: Kept, *, positions: Positions = "keep"
     turned: dict[Node, Node] = {}
     turns: dict[tuple[Order, Order], Node] = {}
     keep = {span: torch.arange(number) for span, number in region.counts(count).items()}
-    for node in region.nodes:
+    gone = {node for loop in region.loops for node in loop.shorten(size - where.size + count)}
+    for node in (each for each in region.nodes if each not in gone):
         swapped = {region.at: reduced, **turned}
         for source in crossing.get(node, ()):
             rank = _rank_for(region, source, node)

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.axes import Axis, atoms, find, results_of
-from graphopt.axes import axis as ax
-from graphopt.axes.call import Call
-from graphopt.axes.infer import Inference
-from graphopt.cost.formulas import base_name, tensors
+from graphopt.cost.formulas import base_name
 from graphopt.edit import Edit
 from graphopt.errors import Decline
-from graphopt.orders import Order, Turn, marked, permutation, through
+from graphopt.loops import Loop, loops_in
+from graphopt.orders import Order, Turn
 from graphopt.place import place
+from graphopt.suffix import Suffix, same
 
 # Pins that matter to a constant keep set, not to items that stay in their order.
 ORDER = frozenset({"its order matters", "causal"})
@@ -65,8 +64,8 @@ class Region:
     the dimension they are parts of, `batch` the axis each of whose items chooses for itself. Tokens may be put in other
     orders and back: `turns` are the calls that do, `wholes` the dimension that all tokens of an order are, and its atom
     is among the spans, too; `backwards` says which results were flipped (None: in part). `literals` and `targets` are
-    what `shrink` rewrites. `ends` are the results that calls outside read with all tokens: (result, reader), and
-    `blocked` says of these readers why they are outside.
+    what `shrink` rewrites; `loops` run over tokens step by step. `ends` are the results that calls outside read with
+    all tokens: (result, reader), and `blocked` says of these readers why they are outside.
     """
 
     at: Node
@@ -81,6 +80,7 @@ class Region:
     dims: Mapping[Node, Any]
     literals: Mapping[Node, Mapping[str, Any]]
     targets: Mapping[Node, Any]
+    loops: tuple[Loop, ...]
     ends: tuple[tuple[Node, Node], ...]
     blocked: tuple[Decline, ...]
 
@@ -101,7 +101,7 @@ class Region:
 
     def is_stream(self, node: Node) -> bool:
         """Whether a result has the very dimensions of `at`."""
-        return _same(results_of(self.dims[node])[0], results_of(self.dims[self.at])[0])
+        return same(results_of(self.dims[node])[0], results_of(self.dims[self.at])[0])
 
     @property
     def crossings(self) -> Iterator[tuple[Node, Node]]:
@@ -143,11 +143,12 @@ def region_of(
     outside: dict[Node, str] = dict.fromkeys(until.users, "tokens come back in front of it") if until else {}
     order = list(edit.graph.nodes)
     behind = descendants(order, at)
+    loops = loops_in(node for node in order if node in behind)
     while True:
         # Everything behind a call that is outside is outside, too.
         gone = descendants(order, *outside) | set(outside)
         inside = [node for node in order if node in behind and node not in gone]
-        suffix = _Suffix(edit, at, where, inside, ORDER if ordered else frozenset(), compact)
+        suffix = Suffix(edit, at, where, inside, ORDER if ordered else frozenset(), compact, loops)
         if (blocker := suffix.run_region()) is not None:
             node, reason = blocker
             outside[node] = reason
@@ -171,15 +172,9 @@ def region_of(
         dims=suffix.dims,
         literals=suffix.literals,
         targets=suffix.targets,
+        loops=tuple(loop for loop in suffix.loops.values() if set(loop.takes) <= set(suffix.taken)),
         ends=tuple(ends),
         blocked=tuple(Decline(place(node), reason) for node, reason in outside.items()),
-    )
-
-
-def _same(own: Sequence[Axis], wanted: Sequence[Axis]) -> bool:
-    """Whether dimensions are the same, one by one; those of extent 1 may be any."""
-    return len(own) == len(wanted) and all(
-        a.extent == b.extent == 1 or find(a) is find(b) for a, b in zip(own, wanted, strict=True)
     )
 
 
@@ -192,164 +187,7 @@ def descendants(order: Sequence[Node], *roots: Node) -> set[Node]:
     return found
 
 
-class _Suffix(Inference):
-    """Axis inference of a part of a program; what it reads has axes of its own, which nothing pins."""
-
-    def __init__(
-        self, edit: Edit, at: Node, where: Span, inside: Sequence[Node], tolerated: frozenset[str], compact: bool
-    ) -> None:
-        super().__init__(edit.program)
-        self.tolerated, self.compact = tolerated, compact
-        self.edit, self.at, self.inside = edit, at, inside
-        size = int(at.meta["val"].shape[where.dim])
-        self.spans = [Axis(stop - start) for start, stop in where.pieces()]
-        hole = [Axis(1)] if where.hole is not None else []
-        self.tokens = ax.concatenation(
-            [Axis(where.start), self.spans[0], *hole, *self.spans[1:], Axis(size - where.stop)]
-        )
-        self.pieces = len(self.spans)
-        self.others = size - where.size
-        self.wholes: dict[Order, Axis] = {(): self.tokens}
-        self.turns: dict[Node, Turn] = {}
-        self.dims[at] = [
-            self.tokens if n == where.dim else Axis(extent) for n, extent in enumerate(at.meta["val"].shape)
-        ]
-        self.backwards: dict[Node, bool | None] = {}
-        self.constants = {
-            node: tensor
-            for each in inside
-            for node in each.all_input_nodes
-            if (tensor := edit.tensor(node)) is not None
-        }
-
-    def run_region(self) -> tuple[Node, str] | None:
-        """Visit all calls; the first that wants something of the tokens which fewer would not give, and why."""
-        for node in self.inside:
-            for source in node.all_input_nodes:
-                if source not in self.dims:
-                    value = source.meta.get("val")
-                    found = [[Axis(int(size)) for size in tensor.shape] for tensor in tensors(value)]
-                    self.dims[source] = found[0] if isinstance(value, Tensor) else found
-            self.visit(node)
-            roots = [find(span) for span in self.spans]
-            for root in roots:
-                if root.pinned is not None or root.kind is not None:
-                    apart = "it makes a grid of the tokens" if root.kind == "product" else "it takes some tokens apart"
-                    return node, root.pinned or apart
-            if len(set(roots)) < len(roots):
-                return node, "tokens in one order meet tokens in another"
-            if (disorder := self._disorder(node)) is not None:
-                return node, disorder
-        return None
-
-    def visit(self, node: Node) -> None:
-        turn = self._turn(node) if self.tolerated else None
-        if turn is not None:
-            own = list(self.dims[node.all_input_nodes[0]])
-            own[turn.dim] = self._whole(turn.after)
-            self.dims[node], self.turns[node] = own, turn
-        elif (dims := self._slid(node)) is not None:
-            self.dims[node] = dims
-        else:
-            super().visit(node)
-
-    def _turn(self, node: Node) -> Turn | None:
-        """What a call does to the order of tokens, where it looks all of them up by a stored permutation."""
-        known = marked(node)
-        found = permutation(node, self.constants) if known is None else (known.dim, ())
-        if found is None:
-            return None
-        dim, step = found
-        own = find(self.dims[node.all_input_nodes[0]][dim])
-        before = next((order for order, axis in self.wholes.items() if find(axis) is own), None)
-        if before is None or (known is not None and known.before != before):
-            return None
-        return Turn(dim, before, through(before, step)) if known is None else known
-
-    def _whole(self, order: Order) -> Axis:
-        """The dimension that all tokens of an order are; those of one order are an atom of their own."""
-        if order not in self.wholes:
-            span = Axis(sum(each.extent for each in self.spans[: self.pieces]))
-            self.spans.append(span)
-            self.wholes[order] = ax.concatenation([Axis(self.others), span])
-        return self.wholes[order]
-
-    def _slid(self, node: Node) -> list[Axis] | None:
-        """The dimensions of a convolution along the tokens, where it may slide over those that stay."""
-        if not self.compact or base_name(node) != "conv1d":
-            return None
-        call = Call(node, self)
-        own = call.dims(call.arg("input"))
-        if not any(find(axis) is find(own[-1]) for axis in self.wholes.values()):
-            return None
-        size = call.arg("weight").meta["val"].shape[-1]
-        padding, stride, dilation = (call.arg(name) for name in ("padding", "stride", "dilation"))
-        if isinstance(padding, str) or [*stride, *dilation] != [1, 1] or padding[0] not in (size - 1, (size - 1) / 2):
-            return None
-        channels = Axis(call.shape[-2])
-        return [*own[:-2], channels, ax.concatenation([own[-1], Axis(2 * padding[0] - size + 1)])]
-
-    def _disorder(self, node: Node) -> str | None:
-        """Why a call needs tokens at their places though the order of those that stay is kept; None where it does not.
-
-        Remembers which results have the tokens backwards (None: some of them): nothing may meet these that has not.
-        """
-        sources = [each for each in node.all_input_nodes if self.dims.get(each) and self.carries(each)]
-        if not sources or not self.dims.get(node):
-            return None
-        name = base_name(node)
-        own = {self.backwards.get(each, False) for each in sources}
-        if len(own) > 1 and None not in own and name not in ("cat", "concat", "concatenate", "stack"):
-            return "tokens meet tokens in reverse order"
-        state = own.pop() if len(own) == 1 else None
-        if name in ("roll", "rot90", "flip"):
-            dims = results_of(self.dims[sources[0]])[0]
-            places: Any = node.args[1 if name == "flip" else 2] if len(node.args) > (name != "flip") + 1 else []
-            places = places or range(len(dims))
-            moved = any(self.among(dims[each]) for each in places)
-            if moved and name != "flip":
-                return "it moves tokens to other places"
-            state = not state if moved and state is not None else state
-        others = {find(span) for span in self.spans[self.pieces :]}
-        own_atoms = [atoms(axis) for each in sources for dims in results_of(self.dims[each]) for axis in dims]
-        if (state or any(others & set(each) for each in own_atoms)) and name in _TAKING and not self._all_in(node):
-            return f"tokens in {'reverse' if state else 'another'} order are taken apart"
-        if node in self.turns and state is not False:
-            return "tokens in reverse order are put in another"
-        self.backwards[node] = state
-        return None
-
-    def _all_in(self, node: Node) -> bool:
-        """Whether a dimension of a result is all tokens, and nothing else."""
-        wholes = [atoms(whole) for whole in self.wholes.values()]
-        return any(atoms(axis) in wholes for own in results_of(self.dims[node]) for axis in own)
-
-    def carries(self, node: Node) -> bool:
-        """Whether a result has the tokens."""
-        return any(self.among(axis) for own in results_of(self.dims[node]) for axis in own)
-
-    def among(self, axis: Axis) -> bool:
-        """Whether tokens are among the items of an axis."""
-        own = set(atoms(axis))
-        return any(find(span) in own for span in self.spans)
-
-    def ends(self, shrinks: Callable[[Node], bool]) -> list[tuple[Node, Node]]:
-        """The results that are read outside with all tokens, and by whom."""
-        inside = set(self.inside)
-        return [
-            (node, user)
-            for node in self.inside
-            if self.carries(node)
-            for user in node.users
-            if user not in inside and not (user.op == "output" and shrinks(node))
-        ]
-
-    def is_stream(self, node: Node) -> bool:
-        """Whether a result has the very dimensions of `at`."""
-        return _same(results_of(self.dims[node])[0], self.dims[self.at])
-
-
-def _end_in_stream(edit: Edit, suffix: _Suffix, ends: Sequence[tuple[Node, Node]], inside: set[Node]) -> list[Node]:
+def _end_in_stream(edit: Edit, suffix: Suffix, ends: Sequence[tuple[Node, Node]], inside: set[Node]) -> list[Node]:
     """Let readers of ends that are no sums of the stream read copies of all that lies between; the copies."""
     wanted: set[Node] = set()
     for node, _ in ends:
@@ -371,7 +209,7 @@ def _end_in_stream(edit: Edit, suffix: _Suffix, ends: Sequence[tuple[Node, Node]
     return list(copied.values())
 
 
-def _behind_stream(suffix: _Suffix, node: Node, inside: set[Node]) -> set[Node]:
+def _behind_stream(suffix: Suffix, node: Node, inside: set[Node]) -> set[Node]:
     """The calls between sums of the stream and `node`, itself included; none where it is such a sum."""
     found: set[Node] = set()
     todo = [node]
@@ -385,4 +223,3 @@ def _behind_stream(suffix: _Suffix, node: Node, inside: set[Node]) -> set[Node]:
 
 
 _SUMS = ("add", "sub", "add_")
-_TAKING = ("select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind")

@@ -40,14 +40,14 @@ class PruneScanTokens(TokenReduction):
     over those that stay. Without budget, keep or counts, each place keeps four fifths.
 
     align: at a place whose token is gone the state of a scan decays by what the token before it says, and takes nothing
-        in; else tokens that stay are neighbours. Where the decay is the exponential of a cumulative sum.
+        in; else tokens that stay are neighbours. Where the decay is an exponential, of a sum or at each step.
 
     Source: Zhan et al., "Exploring Token Pruning in Vision State Space Models", NeurIPS 2024, arXiv:2409.18962.
     Differs: which D decays at a place that is gone is not published; y is not the flipped one of a backward scan.
     """
 
     name: ClassVar[str] = "prune-scan-tokens"
-    meets: ClassVar[str] = "scan by cumulative sums"
+    meets: ClassVar[str] = "scan by cumulative sums, or step by step with equal steps whose state is read nowhere else,"
 
     score: str = "clipped"
     schedule: str = "ratio"

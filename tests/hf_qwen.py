@@ -50,7 +50,9 @@ def hf_qwen(attention: str = "sdpa", batch: int = 1) -> Prefill:
         "max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     }
-    config = Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, bos_token_id=None, eos_token_id=None)
+    config = Qwen2VLConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, bos_token_id=None, eos_token_id=None
+    )
     config._attn_implementation = attention
 
     def made() -> nn.Module:

@@ -111,6 +111,34 @@ class ScanBlock(nn.Module):
         return x + self.leave(total * F.silu(gate))
 
 
+class StepwiseBlock(ScanBlock):
+    """The same scan as a loop over the tokens, as `selective_scan_ref` and transformers write it."""
+
+    def scan(self, x: Tensor, gap: Tensor | None = None, fed: Tensor | None = None) -> Tensor:
+        assert gap is None
+        assert fed is None
+        if self.conv is not None:
+            x = self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+        x = F.silu(x)
+        step = F.softplus(self.step(x) - 2)
+        read, write = self.select(x).chunk(2, -1)
+        decay = torch.exp(step[..., None] * -self.rates)
+        drive = (step * x)[..., None] * read[:, :, None]
+        h, results = torch.zeros(x.shape[0], self.inner, self.state), []
+        for t in range(x.shape[1]):
+            h = decay[:, t] * h + drive[:, t]
+            results.append((h * write[:, t, None]).sum(-1))
+        return torch.stack(results, 1) + x * self.skip
+
+
+def stepwise(model: nn.Module) -> nn.Module:
+    """A model of scan blocks with its scans as loops; the same weights."""
+    for module in model.modules():
+        if isinstance(module, ScanBlock):
+            module.__class__ = StepwiseBlock
+    return model
+
+
 def grid_orders(side: int) -> list[Tensor]:
     """PlainMamba's continuous ways through a grid (arXiv:2403.17695): rows and columns in turns, and both backwards."""
     grid = torch.arange(side * side).view(side, side).clone()

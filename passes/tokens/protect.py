@@ -27,7 +27,7 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
 
     Raises:
         BadOption: `given` is no START:STOP of these tokens; or which tokens are an image's cannot be told, and some are
-            text for sure: attention is causal, or the image is put where words say.
+            text for sure: attention is causal, or the image is put where words say, or there are nothing but words.
     """
     size = int(site.at.meta["val"].shape[site.dim])
     if given is not None:
@@ -63,6 +63,8 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
             if seen is None
             else f"name them: tokens={seen}, if they are always where they are in the example inputs",
         )
+    if attention is None and node not in measured:  # words in a scan: each is read behind all in front of it
+        raise BadOption(what=f"which of the {size} words may go cannot be told", way_out="name them: tokens=START:STOP")
     return Span(site.dim, 0, size)
 
 

@@ -14,6 +14,7 @@ from graphopt.cost.formulas import base_name
 from graphopt.edit import Edit
 from graphopt.errors import Decline
 from graphopt.inline import inline
+from graphopt.loops import Loop, loop_of
 from graphopt.passes.residual import Branch, branches
 from graphopt.passes.tokens.cross import ancestors
 from graphopt.place import place
@@ -45,15 +46,15 @@ def scans(edit: Edit) -> tuple[list[Scan], list[Decline]]:
         source, end = nodes[branch.source.name], nodes[branch.branch.name]
         behind, above = descendants(order, source), ancestors(end)
         way = [node for node in order if node in behind and node in above]
-        if any(base_name(node) in _SCANS for node in way):
+        if any(_tokens_of(node) for node in way):
             ways.append((branch, way))
     for branch, way in ways:
         total, end = nodes[branch.total.name], nodes[branch.branch.name]
         if any(total in other for _, other in ways):  # what skips a scan inside of a block
             continue
-        own = [node for node in way if base_name(node) in _SCANS]
+        own = [node for node in way if _tokens_of(node)]
         shape = tuple(total.meta["val"].shape)
-        sizes = {int(node.meta["val"].shape[int(node.args[1])]) for node in own}  # type: ignore[arg-type]
+        sizes = {_tokens_of(node) for node in own}
         dims = [n for n in range(1, len(shape) - 1) if {shape[n]} == sizes]
         output = _output(way, own, end, shape)
         if len(dims) != 1 or output is None:
@@ -62,6 +63,13 @@ def scans(edit: Edit) -> tuple[list[Scan], list[Decline]]:
             continue
         found.append(Scan(branch.unit or branch.name, total, dims[0], output))
     return found, declined
+
+
+def _tokens_of(node: Node) -> int:
+    """How many tokens a scan runs over: a cumulative sum, or the stack that is the end of a loop; 0 for other calls."""
+    if base_name(node) in _SCANS:
+        return int(node.meta["val"].shape[int(node.args[1])])  # type: ignore[arg-type]
+    return len(loop.results) if (loop := loop_of(node)) is not None else 0
 
 
 def _output(way: list[Node], own: list[Node], end: Node, shape: tuple[int, ...]) -> Node | None:
@@ -92,8 +100,9 @@ def _reach(starts: Iterable[Node], end: Node, around: Node) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Decay:
-    """A cumulative sum of logarithms of decays, along `dim`: `places` (b, n) says where its tokens stand among all, in
-    the order of the scan; `flipped` that they are visited from the last one on."""
+    """A call whose argument is logarithms of decays, along `dim`: a cumulative sum of these, or their exponential,
+    which a loop multiplies its state with. `places` (b, n) says where the tokens stand among all, in the order of the
+    scan; `flipped` that they are visited from the last one on."""
 
     node: Node
     dim: int
@@ -102,17 +111,27 @@ class Decay:
 
 
 def decays(region: Region, places: dict[tuple[int, ...], Node]) -> list[Decay]:
-    """The sums of a region whose exponential is the decay of a scan's state."""
+    """The calls of a region that say how fast a scan's state decays."""
+    sums = [node for node in region.nodes if base_name(node) == "cumsum" and _is_exponent(node)]
     found = []
-    for node in region.nodes:
-        if base_name(node) != "cumsum" or not _is_exponent(node):
-            continue
+    for node in [*sums, *filter(None, map(_exponential, region.loops))]:
         dims = results_of(region.dims[node])[0]
-        dim = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
         for order, whole in region.wholes.items():
-            if find(dims[dim]) is find(whole):
+            for dim in (n for n, axis in enumerate(dims) if find(axis) is find(whole)):
                 found.append(Decay(node, dim, places[order], bool(region.backwards.get(node))))
     return found
+
+
+def _exponential(loop: Loop) -> Node | None:
+    """The exponential that a loop multiplies its state with; None where it does not."""
+    for take, (source, _) in loop.takes.items():
+        for user in take.users:
+            others = [each for each in user.all_input_nodes if each is not take]
+            if base_name(user) == "mul" and any(loop.steps.get(each) == loop.steps[take] - 1 for each in others):
+                while base_name(source) in _TO_DECAY and len(source.all_input_nodes) == 1:
+                    source = source.all_input_nodes[0]
+                return source if base_name(source) == "exp" else None
+    return None
 
 
 def _is_exponent(node: Node) -> bool:

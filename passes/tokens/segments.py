@@ -45,20 +45,29 @@ class Segments:
 def segments_of(edit: Edit, region: Region, places: Sequence[Node], kind: str) -> Segments:
     """The segments of a graph behind the places, in order, the first being that of `region`."""
     order = list(edit.graph.nodes)
-    inside = set(region.nodes)
+    steps = {node for loop in region.loops for node in loop.steps}
+    inside = set(region.nodes) - steps
     behind = [descendants(order, at) for at in places]
     spans = set(map(find, region.spans))
     shapes = {node: _shaped(node, region.dims.get(node), spans) for node in order}
     sums: list[list[Any]] = [[] for _ in places]
     rest = 0
     for node in order:
-        if node.op != "call_function":
+        if node.op != "call_function" or node in steps:
             continue
         if node not in inside:
             rest += int(getattr(counts(node, numbers), kind))
             continue
         number = max(n for n, own in enumerate(behind) if node in own)
         sums[number].append(getattr(counts(node, shapes.__getitem__), kind))
+    for loop in region.loops:
+        number = max(n for n, own in enumerate(behind) if loop.joined in own)
+        whole = Polynomial.of(results_of(region.dims[loop.joined])[0][loop.dim], lambda atom: atom in spans)
+        first, other = (
+            sum(int(getattr(counts(node, numbers), kind)) for node, own in loop.steps.items() if own == step)
+            for step in (0, 1)
+        )
+        sums[number].append(whole * other + (first - other))
     for span in spans:
         span.label = span.label or "n"
     return Segments(region, [Polynomial.sum(own) for own in sums], rest)

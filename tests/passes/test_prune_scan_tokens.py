@@ -16,8 +16,8 @@ from graphopt.errors import BadOption, NothingToCut
 from graphopt.passes import PREPARE, make
 from graphopt.passes.base import run_passes
 from graphopt.program import Program
-from tests.hard_sequences import Mamba
-from tests.token_models import PlainMamba, ScanBlock, Vim, grid_orders
+from tests.token_models import PlainMamba, ScanBlock, Vim, grid_orders, stepwise
+from tests.transformer_nets import Decoder
 
 SIDE = 4
 N = SIDE * SIDE
@@ -205,10 +205,77 @@ def test_tokens_come_back_at_a_block(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(got, torch.cat(rows), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "align", "batch", "counts"), [(PlainMamba, True, 2, (9,)), (Vim, True, 1, (12, 6)), (Vim, False, 2, (8,))]
+)
+def test_scans_step_by_step_are_those_by_sums(
+    kind: type[nn.Module], align: bool, batch: int, counts: tuple[int, ...]
+) -> None:
+    """A loop over the tokens has as many steps as tokens stay, in every direction; decay bridges what is gone."""
+    x, layers = image_of(batch), len(counts) + 1
+    options: dict[str, Any] = {"sites": tuple(range(len(counts))), "counts": counts, "align": align}
+    _, wanted = after(captured(kind, layers, batch), x, **options)
+    small, got = after(stepwise(model_of(kind, layers)), x, **options)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-3)
+    record = small.records[-1]
+    assert record.changed["place"] == len(counts)
+    assert record.changed.get("aligned scan", 0) == align * len(counts) * (4 if kind is PlainMamba else 2)
+    assert record.flops_after == record.details[-1]["model_flops"] + record.details[-1]["reduction_flops"]
+
+
+def test_mamba_of_transformers_on_fewer_tokens() -> None:
+    """Without alignment, layers behind a place run on the tokens that stay as on a shorter text; causal convolutions,
+    too. Words are not dropped on a guess."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=3, intermediate_size=24, use_cache=False
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.MambaModel(config).eval()
+    words = torch.arange(20, 29)[None]
+    program = run_passes(graphopt.capture(model, {"input_ids": words}), PREPARE)
+    with pytest.raises(BadOption, match="START:STOP"):
+        make("prune-scan-tokens")(program)
+    options = {"tokens": "1:8", "sites": (0,), "reducer": "listed:gone=(2,5)", "counts": (5,), "align": False}
+    small = make("prune-scan-tokens", outputs="shrink", **options)(program)
+    with torch.no_grad():
+        first, *others = model.layers
+        x = first(model.embeddings(words))[:, [0, 1, 2, 4, 5, 7, 8]]
+        for layer in others:
+            x = layer(x)
+        wanted = model.norm_f(x)
+    torch.testing.assert_close(small.run({"input_ids": words})["last_hidden_state"], wanted, atol=1e-5, rtol=1e-4)
+
+
+class Uneven(ScanBlock):
+    """A loop that counts its steps, or whose last state is read elsewhere, too."""
+
+    last = False
+
+    def scan(self, x: Tensor, gap: Tensor | None = None, fed: Tensor | None = None) -> Tensor:
+        decay, h, results = torch.sigmoid(self.step(x)), torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = decay[:, t] * h + (x[:, t] if self.last else x[:, t] * (t + 1))
+            results.append(h.sin())
+        return torch.stack(results, 1) + (h[:, None] if self.last else 0)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_loops_whose_steps_are_not_alike_are_left_alone_with_a_reason(last: bool) -> None:
+    """What a step knows of its number would be wrong of a token that moved up."""
+    model: Any = PlainMamba(layers=2)
+    for block in model.blocks:
+        block.__class__, block.last = Uneven, last
+    same, _ = after(model.eval(), image_of(1))
+    assert not same.records[-1].changed
+    assert any("with equal steps" in str(each.reason) for each in same.records[-1].declined)
+
+
 def test_what_cannot_be_followed_is_left_alone_with_a_reason() -> None:
-    """A scan written step by step; options that contradict each other."""
+    """A model without scans; options that contradict each other."""
     words = torch.arange(12)[None]
-    program = run_passes(graphopt.capture(Mamba().eval(), (words,)), PREPARE)
+    program = run_passes(graphopt.capture(Decoder(16, 2, 2, 12, 20).eval(), (words,)), PREPARE)
     same = make("prune-scan-tokens")(program)
     assert not same.records[-1].changed
     assert any("no scan by cumulative sums" in str(each.reason) for each in same.records[-1].declined)
