@@ -17,6 +17,9 @@ from graphopt.targets.target import Isa, Target
 # What comes from the second-level cache while blocks are multiplied, as they ask for it, and asked for ahead.
 L2_BYTES_PER_CYCLE = 24
 L2_BYTES_PER_CYCLE_AHEAD = 27
+# Cycles of a block beside its work, and beside the latency of a multiply-add where few accumulators wait for it.
+LOOP_CYCLES = 0.6
+LATENCY_SLACK = 0.7
 # Loads that start each cycle where every multiply-add has one.
 LOADS_OF_PRODUCTS = 1.6
 # Instruction sets whose prefetches pay where X is in the second-level cache, and from which height of blocks on: 1.0 to
@@ -148,7 +151,7 @@ def block_cycles(product: Product, full: int, tails: Sequence[int], isa: Isa) ->
     loads = (1 + (height if full else 0) + lines + len(tails) + shared) / per_cycle
     rate = L2_BYTES_PER_CYCLE_AHEAD if ahead and not product.aligned else L2_BYTES_PER_CYCLE
     far = product.missed * _touched(product, full) * isa.vector_bits / 8 / rate
-    return max(arithmetic, float(isa.fma_latency_cycles), loads, far) + 0.3
+    return max(arithmetic, isa.fma_latency_cycles + LATENCY_SLACK, loads, far) + LOOP_CYCLES
 
 
 def _touched(product: Product, full: int) -> int:
