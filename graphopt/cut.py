@@ -299,10 +299,9 @@ def _crossed(
         factors = parts(dims[dim], "product")
         which = next(n for n, factor in enumerate(factors) if region.carries(factor))
         own = find(factors[which])
-        places = next((wholes[order] for order, axis in region.wholes.items() if own is find(axis)), kept.index)
-        if own not in (find(region.spans[0]), *map(find, region.wholes.values())) or (
-            places is kept.index and region.where.hole is not None
-        ):
+        places = next((wholes[order] for order, axis in region.wholes.items() if own is find(axis)), None)
+        places = _among_others(edit, region, kept, own, reader) if places is None else places
+        if places is None:
             raise CannotShrink(axis=place(source), reason="it has only some of the tokens")
         shape = tuple(factor.extent for factor in factors)
         if positions == "renumber":
@@ -312,6 +311,24 @@ def _crossed(
         else:
             at = _batch_place(region, reader, source)
             found = inline(edit, _look_up_each, found, places, dim, shape, which, at, rank, len(dims), like=reader)
+    return found
+
+
+def _among_others(edit: Edit, region: Region, kept: Kept, axis: Axis, reader: Node) -> Node | None:
+    """The indices that stay of an axis that the span stands in alone, or among others than at `region.at`: the tokens
+    of a vision tower in the text of a language model. None where not all of the span does."""
+    pieces, span = parts(axis, "sum"), find(region.spans[0])
+    if region.where.hole is not None or [region.carries(piece) for piece in pieces].count(True) != 1:
+        return None
+    at = next((number for number, piece in enumerate(pieces) if piece is span), None)
+    if at is None:
+        return None
+    if len(pieces) == 1:
+        index: Node = kept.index
+        return index
+    start = sum(piece.extent for piece in pieces[:at])
+    where = Span(0, start, start + span.extent)
+    found: Node = inline(edit, _whole_index, kept.index, axis.extent, where, like=reader)
     return found
 
 

@@ -179,10 +179,11 @@ def _fits(model: Segments, allowed: float, wanted: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Places:
-    """Of the stream that a pass would reduce: its number, how many blocks it has, which tokens may go."""
+    """Of the stream that a pass would reduce: its number, how many blocks and tokens it has, which tokens may go."""
 
     stream: int
     blocks: int
+    tokens: int
     span: Span
 
 
@@ -193,4 +194,5 @@ def places_of(options: TokenReduction, program: Program) -> Places:
         raise NothingToCut(
             file=program.name, kind="flops", asked="fewer tokens", name=options.name, reason=job.why_nowhere
         )
-    return Places(job.stream, job.blocks, job.span)
+    first = job.places[0]
+    return Places(job.stream, job.blocks, int(first.at.meta["val"].shape[first.dim]), job.span)

@@ -205,7 +205,7 @@ class Contextual(Reducer):
 
     Of the others, evenly spaced ones are targets, and the rest go to the target whose key is most alike.
 
-    context: how many contextual tokens.
+    context: how many contextual tokens, everywhere or place by place.
     rule: "mean": a contextual token is the mean of its target and all that went there; "add": target + mean of the
         others, twice the norm, as the published code has it.
 
@@ -216,11 +216,15 @@ class Contextual(Reducer):
     scored: ClassVar[bool] = True
     drops: ClassVar[bool] = False
     sized: ClassVar[bool] = False
-    context: int = 6
+    context: int | tuple[int, ...] = 6
     rule: Literal["mean", "add"] = "mean"
+
+    def at(self, place: int) -> Contextual:
+        return replace(self, context=self.context[place]) if isinstance(self.context, tuple) else self
 
     def __call__(self, view: View, scores: Tensor | None, count: int) -> Kept:
         assert scores is not None
+        assert isinstance(self.context, int), "of one place"
         span = view.stop - view.start
         context = min(self.context, count, span - count + self.context)
         order = scores.argsort(dim=-1, descending=True)
