@@ -77,7 +77,8 @@ class Suffix(Inference):
                     apart = "it makes a grid of the tokens" if root.kind == "product" else "it takes some tokens apart"
                     return node, root.pinned or apart
             if len(set(roots)) < len(roots):
-                return node, "tokens in one order meet tokens in another"
+                one = " in one tensor" if base_name(node) in _JOINING else ""
+                return node, f"tokens in one order meet tokens in another{one}"
             if (disorder := self._disorder(node)) is not None:
                 return node, disorder
         return None
@@ -170,7 +171,7 @@ class Suffix(Inference):
             return None
         name = base_name(node)
         own = {self.backwards.get(each, False) for each in sources}
-        if len(own) > 1 and None not in own and name not in ("cat", "concat", "concatenate", "stack"):
+        if len(own) > 1 and None not in own and name not in _JOINING:
             return "tokens meet tokens in reverse order"
         state = own.pop() if len(own) == 1 else None
         if name in ("roll", "rot90", "flip"):
@@ -228,3 +229,4 @@ def same(own: Sequence[Axis], wanted: Sequence[Axis]) -> bool:
 
 
 _TAKING = ("select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind")
+_JOINING = ("cat", "concat", "concatenate", "stack")

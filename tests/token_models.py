@@ -186,6 +186,45 @@ class Vim(nn.Module):
         return self.head(self.norm(x)[:, m])
 
 
+class CrossScanBlock(nn.Module):
+    """VMamba's scan (arXiv:2401.10166) on a grid (b, h, w, c): rows, columns, both backwards, all in one tensor."""
+
+    def __init__(self, dim: int, inner: int, state: int) -> None:
+        super().__init__()
+        self.inner, self.state = inner, state
+        self.norm, self.enter, self.leave = nn.LayerNorm(dim), nn.Linear(dim, inner), nn.Linear(inner, dim)
+        self.select = nn.Parameter(torch.randn(4, 2 * state + inner, inner) * 0.2)
+        self.rates = nn.Parameter(torch.rand(4, inner, state) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, _ = x.shape
+        y = F.silu(self.enter(self.norm(x))).permute(0, 3, 1, 2)
+        both = torch.stack([y.flatten(2), y.transpose(2, 3).flatten(2)], 1)
+        ways = torch.cat([both, both.flip(-1)], 1)
+        chosen = torch.einsum("bkdl,kcd->bkcl", ways, self.select)
+        step, read, write = chosen.split([self.inner, self.state, self.state], 2)
+        step = F.softplus(step - 2)
+        decay = torch.exp(torch.cumsum(step, -1)[..., None, :] * -self.rates[None, ..., None])
+        drive = (step * ways)[..., None, :] * read[:, :, None]
+        y = (decay * torch.cumsum(drive / decay, -1) * write[:, :, None]).sum(3)
+        y = y[:, :2] + y[:, 2:].flip(-1)
+        y = y[:, 0] + y[:, 1].view(b, -1, w, h).transpose(2, 3).flatten(2)
+        return x + self.leave(y.transpose(1, 2).view(b, h, w, -1))
+
+
+class VMamba(nn.Module):
+    """VMamba's structure, without its convolutions."""
+
+    def __init__(self, dim: int = 16, inner: int = 12, layers: int = 2, classes: int = 7) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, dim, 4, 4)
+        self.blocks = nn.Sequential(*(CrossScanBlock(dim, inner, 3) for _ in range(layers)))
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patch(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
 class Segmenter(nn.Module):
     """A vision transformer with a head for every pixel: its tokens are a grid again in front of a convolution."""
 

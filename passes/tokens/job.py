@@ -95,7 +95,7 @@ class Job:
     @property
     def why_nowhere(self) -> str:
         """Why there is no place."""
-        reasons = "; ".join(str(each.reason) for each in self.declined)
+        reasons = "; ".join(dict.fromkeys(str(each.reason) for each in self.declined))
         return reasons or f"there is no {self.options.meets} in a residual block"
 
     def region(self, site: Site, span: Span) -> Region:

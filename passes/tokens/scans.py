@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,11 +59,23 @@ def scans(edit: Edit) -> tuple[list[Scan], list[Decline]]:
         dims = [n for n in range(1, len(shape) - 1) if {shape[n]} == sizes]
         output = _output(way, own, end, shape)
         if len(dims) != 1 or output is None:
-            reason = "its scans do not run along the tokens" if len(dims) != 1 else "its scans give several things"
+            reason = _why_not(shape, sizes) if len(dims) != 1 else "its scans give several things"
             declined.append(Decline(place(total), reason))
             continue
         found.append(Scan(branch.unit or branch.name, total, dims[0], output))
     return found, declined
+
+
+def _why_not(shape: tuple[int, ...], sizes: set[int]) -> str:
+    """Why the tokens of a stream are not those that scans run over."""
+    grids = [pair for pair in pairwise(shape[1:]) if {pair[0] * pair[1]} == sizes]
+    if not grids:
+        return "its scans do not run along the tokens"
+    high, wide = grids[0]
+    return (
+        f"its tokens are a grid of {high} x {wide}, which has no holes; those of a sequence (b, n, c), "
+        "with a scan for each direction instead of all in one tensor, can be dropped"
+    )
 
 
 def _tokens_of(node: Node) -> int:
