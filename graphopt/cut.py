@@ -136,13 +136,8 @@ def _bring_back(edit: Edit, region: Region, kept: Kept, turned: Mapping[Node, No
     for node, user in region.ends:
         readers.setdefault(node, []).append(user)
     for node, users in readers.items():
-        dims = region.along(node)
-        own = find(results_of(region.dims[node])[0][dims[0]]) if len(dims) == 1 else None
-        if own is find(region.tokens):
-            span = replace(region.where, dim=dims[0])
-        elif own is find(region.spans[0]) and region.where.hole is None:  # class tokens were taken off
-            span = Span(dims[0], 0, region.where.size)
-        else:
+        span = region.span_of(node)
+        if span is None:
             raise CannotShrink(axis=place(node), reason="all tokens are wanted again in a form that they do not have")
         base = region.at if region.is_stream(node) else None
         first = min(users, key=order.__getitem__)

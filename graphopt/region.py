@@ -103,6 +103,16 @@ class Region:
         """Whether a result has the very dimensions of `at`."""
         return same(results_of(self.dims[node])[0], results_of(self.dims[self.at])[0])
 
+    def span_of(self, node: Node) -> Span | None:
+        """The span among the tokens of a result; None where these are part of something else, or not in their order."""
+        dims = self.along(node)
+        own = find(results_of(self.dims[node])[0][dims[0]]) if len(dims) == 1 else None
+        if own is find(self.tokens):
+            return replace(self.where, dim=dims[0])
+        if own is find(self.spans[0]) and self.where.hole is None:  # class tokens were taken off
+            return Span(dims[0], 0, self.where.size)
+        return None
+
     @property
     def crossings(self) -> Iterator[tuple[Node, Node]]:
         """(value from outside that has the tokens, the call of the region that reads it)."""

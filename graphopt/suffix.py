@@ -75,12 +75,14 @@ class Suffix(Inference):
             for root in roots:
                 if root.pinned is not None or root.kind is not None:
                     apart = "it makes a grid of the tokens" if root.kind == "product" else "it takes some tokens apart"
-                    return node, root.pinned or apart
+                    return node, _BY_EXPERT if _sorts_by_expert(node) else root.pinned or apart
             if len(set(roots)) < len(roots):
                 one = " in one tensor" if base_name(node) in _JOINING else ""
                 return node, f"tokens in one order meet tokens in another{one}"
             if (disorder := self._disorder(node)) is not None:
                 return node, disorder
+            if self._weighs_rows(node):
+                return node, "it has a weight for each feature of each token"
         return None
 
     def visit(self, node: Node) -> None:
@@ -191,6 +193,12 @@ class Suffix(Inference):
         self.backwards[node] = state
         return None
 
+    def _weighs_rows(self, node: Node) -> bool:
+        """Whether a layer reads the features of all tokens in one row: a head that wants all tokens."""
+        weight = node.args[1] if base_name(node) == "linear" else None
+        own = self.dims.get(weight) if isinstance(weight, Node) and weight in self.constants else None
+        return own is not None and find(own[-1]).kind == "product" and self.among(own[-1])
+
     def _all_in(self, node: Node) -> bool:
         """Whether a dimension of a result is all tokens, and nothing else."""
         wholes = [atoms(whole) for whole in self.wholes.values()]
@@ -221,6 +229,19 @@ class Suffix(Inference):
         return same(results_of(self.dims[node])[0], self.dims[self.at])
 
 
+def _sorts_by_expert(node: Node) -> bool:
+    """Whether experts compute a sorted sequence in groups."""
+    found, todo = {node}, [node] if base_name(node) in ("sort", "argsort") else []
+    while todo and len(found) < _FAR:
+        for user in todo.pop(0).users:
+            if "grouped_mm" in base_name(user):
+                return True
+            if user not in found:
+                found.add(user)
+                todo.append(user)
+    return False
+
+
 def same(own: Sequence[Axis], wanted: Sequence[Axis]) -> bool:
     """Whether dimensions are the same, one by one; those of extent 1 may be any."""
     return len(own) == len(wanted) and all(
@@ -230,3 +251,5 @@ def same(own: Sequence[Axis], wanted: Sequence[Axis]) -> bool:
 
 _TAKING = ("select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind")
 _JOINING = ("cat", "concat", "concatenate", "stack")
+_FAR = 30
+_BY_EXPERT = "it sorts tokens by expert; experts by batched products (batched_mm) need no order"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -100,16 +101,21 @@ class Job:
 
     def region(self, site: Site, span: Span) -> Region:
         """What runs on fewer tokens behind a place."""
-        return region_of(
+        found = partial(
+            region_of,
             self.edit,
             site.at,
             span,
             ordered=self.reducer.ordered or self.options.positions == "renumber",
-            at_stream=self.reducer.drops,
             shrinks=lambda _: self.options.outputs == "shrink",
             until=self.until,
             compact=self.compact,
         )
+        region = found(at_stream=self.reducer.drops)
+        # What is computed of merged tokens comes back at all their places, where it has their form; else they do.
+        if not self.reducer.drops and any(region.span_of(node) is None for node, _ in region.ends):
+            return found(at_stream=True)
+        return region
 
     def cut(self, region: Region, kept: Kept) -> None:
         """Let a region run on the kept tokens."""
@@ -152,7 +158,8 @@ class Job:
             here = replace(span, dim=site.dim).of(now)
             region = self.region(site, here)
             if not region.nodes:
-                self.declined.append(Decline(place(site.at), "nothing behind it can do with fewer tokens"))
+                why = f": {region.blocked[0].reason}" if region.blocked else ""
+                self.declined.append(Decline(place(site.at), f"nothing behind it can do with fewer tokens{why}"))
                 continue
             kept = self.choose(site, here, region, size, count, self.reducer.at(number))
             self.cut(region, kept)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.passes import PREPARE, make
@@ -90,6 +90,29 @@ def test_merged_tokens_come_back_in_all_their_places(batch: int, counts: list[in
     small = after(model, x, "merge-tokens", counts=tuple(counts))
     with torch.no_grad():
         torch.testing.assert_close(small.run({"x": x})["output"], merged(model, x, counts), atol=1e-4, rtol=1e-3)
+
+
+class Flat(Segmenter):
+    """A head on the features of all tokens in one row, which is no form in which single tokens come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Linear((PATCHES + 1) * 32, 5)
+
+    def dense(self, x: Tensor) -> Tensor:
+        return self.row(self.norm(x).flatten(1))
+
+
+@pytest.mark.parametrize("name", ["prune-tokens", "merge-tokens"])
+def test_tokens_come_back_in_the_stream_where_they_are_put_in_a_row(name: str) -> None:
+    """Dropped or merged, in front of a layer with a weight for each place; what lies between is computed for all."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x, counts = random(Flat()), image_of(2), [12, 9, 9]
+    small = after(model, x, name, counts=tuple(counts))
+    with torch.no_grad():
+        wanted = (merged if name == "merge-tokens" else pruned)(model, x, counts)
+        torch.testing.assert_close(small.run({"x": x})["output"], wanted, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["prune-tokens", "merge-tokens"])

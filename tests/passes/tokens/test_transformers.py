@@ -15,9 +15,11 @@ from tests.passes.tokens.visual import program_of
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache
+from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tests.architectures import enliven
+from tests.hf_models import SMALL, seeded
 from tests.hf_vision_language import LENGTH, PLACES, START, Prefill, hf_example, hf_llava
 
 IMAGE = f"{START}:{START + PLACES}"
@@ -103,3 +105,44 @@ def test_images_written_where_words_say_must_be_named(name: str) -> None:
     with pytest.raises(BadOption) as refused:
         make(name)(program)
     assert f"tokens={IMAGE}" in str(refused.value)
+
+
+def mixtral(experts: str) -> tuple[MixtralForCausalLM, dict[str, Tensor], Program]:
+    config = MixtralConfig(**SMALL, vocab_size=100, num_key_value_heads=2, num_local_experts=4, use_cache=False)
+    config._experts_implementation = experts
+
+    def made() -> MixtralForCausalLM:
+        model = MixtralForCausalLM(config)
+        enliven(model)
+        return model
+
+    model, inputs = seeded(made), {"input_ids": torch.arange(20, 32)[None]}
+    return model, inputs, program_of(model, inputs)
+
+
+def test_experts_that_sort_tokens_get_all_of_them_and_say_so() -> None:
+    """Mixtral as it comes groups tokens by expert: merging leaves it as it is; the reason names what can be done."""
+    _, inputs, program = mixtral("grouped_mm")
+    same = make("merge-tokens", tokens="2:10", counts=(6, 5))(program)
+    assert torch.equal(outputs_of(same, inputs)[0], outputs_of(program, inputs)[0])
+    assert not same.records[-1].changed
+    assert all("sorts tokens by expert" in each.reason for each in same.records[-1].declined)
+    assert "batched_mm" in same.records[-1].notes[0]
+    dropped = make("prune-tokens", tokens="2:10", score="norm", where="input", counts=(5,))(program)
+    assert dropped.records[-1].changed  # the attention in front of the experts
+    assert any("mlp.experts" in each.where for each in dropped.records[-1].declined)
+
+
+def test_experts_by_batched_products_run_on_fewer_tokens() -> None:
+    """With that implementation the model is the same, and every layer runs on the tokens that stay."""
+    model, inputs, program = mixtral("batched_mm")
+    stay = torch.tensor([[0, 1, 4, 5, 6, 8, 9, 10, 11]])
+    small = make("drop-segments", segments=("2:4", "7:8"), where="input")(program)
+    with torch.no_grad():
+        # With a mask, lest gaps between positions be taken for several texts.
+        shorter = model(inputs["input_ids"][:, stay[0]], position_ids=stay, attention_mask=torch.ones_like(stay))
+        sorting = mixtral("grouped_mm")[0](**inputs)
+    torch.testing.assert_close(outputs_of(small, inputs)[0], shorter.logits, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs_of(program, inputs)[0], sorting.logits, atol=2e-5, rtol=1e-4)
+    merged = make("merge-tokens", tokens="2:10", counts=(6, 5), outputs="shrink")(program)
+    assert outputs_of(merged, inputs)[0].shape[1] == 12 - 8 + 5
