@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -26,27 +24,34 @@ class Prefill(nn.Module):
         return (found.logits, *(each for layer in found.past_key_values.layers for each in (layer.keys, layer.values)))
 
 
-def hf_llava(attention: str = "sdpa") -> Prefill:
-    """Attention is "sdpa" or "eager"."""
-    vision: Any = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=24,
-        patch_size=8,
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 8,
+}
+TEXT = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+    "pad_token_id": 0,
+}
+
+
+def hf_llava(attention: str = "sdpa", vision: dict[str, int] = VISION, text: dict[str, int] = TEXT) -> Prefill:
+    """Attention is "sdpa" or "eager"; the others are its configurations."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**text),
+        image_token_id=WORDS - 1,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
     )
-    text: Any = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=24,
-        pad_token_id=0,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=WORDS - 1, image_seq_length=PLACES)
     config._attn_implementation = attention
 
     def made() -> nn.Module:
@@ -57,12 +62,14 @@ def hf_llava(attention: str = "sdpa") -> Prefill:
     return Prefill(seeded(made)).eval()
 
 
-def hf_example(batch: int = 1, padded: int = 0) -> dict[str, Tensor]:
+def hf_example(batch: int = 1, padded: int = 0, vision: dict[str, int] = VISION) -> dict[str, Tensor]:
     """Words around an image's places; `padded` tokens in front are hidden by an attention mask, where there are any."""
     random = torch.Generator().manual_seed(2)
-    ids = torch.randint(1, WORDS - 1, (batch, LENGTH), generator=random)
-    ids[:, START : START + PLACES] = WORDS - 1
-    found = {"input_ids": ids, "pixel_values": torch.randn(batch, 3, 24, 24, generator=random)}
+    side = vision["image_size"]
+    places = (side // vision["patch_size"]) ** 2
+    ids = torch.randint(1, WORDS - 1, (batch, LENGTH - PLACES + places), generator=random)
+    ids[:, START : START + places] = WORDS - 1
+    found = {"input_ids": ids, "pixel_values": torch.randn(batch, 3, side, side, generator=random)}
     if padded:
         found["attention_mask"] = (torch.arange(LENGTH) >= padded).long().expand(batch, -1).contiguous()
     return found
