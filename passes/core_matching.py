@@ -40,6 +40,7 @@ class CoreMatching(TokenReduction):
     The weights of a layer's core neurons are gathered once a prompt: with `neurons=true` a prefill program of one
     prompt gives them as outputs core_NAME, and the decode program that `part=decode` makes takes them as inputs of the
     same names, instead of the model's own. Its keys and values are as long as those that the prefill program gives.
+    What a prompt is padded with has its say, as its other tokens have.
 
     rho: of the neurons that fire for a token, the share that fires most.
     beta: of all neurons, the share that is core; the same for both programs.

@@ -23,7 +23,8 @@ class Visiondrop(PyramidDrop):
 
     What is dropped is averaged into contextual tokens behind those that stay. Text plays no part in the ranking. With
     `stages` the first are chosen at the end of the tower, by the attention that its class token pays them in its last
-    layer, or the mean of all where it has none; else those of the decoder alone fall.
+    layer, or the mean of all where it has none; else those of the decoder alone fall. That wants a model which puts
+    the image's tokens beside the text's; one that writes them where words say (transformers' LLaVA) is refused.
 
     stages: DOMINANT+CONTEXTUAL of the tower, and of each place in the decoder; instead of a budget, keep or counts.
 

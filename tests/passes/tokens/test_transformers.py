@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphopt.errors import BadOption
 from graphopt.passes import make
+from graphopt.passes.tokens.neurons import core_neurons, matches
 from graphopt.program import Program
 from tests.passes.tokens.visual import program_of
 
@@ -83,6 +84,24 @@ def test_pyramid_drop_of_transformers_llava_equals_its_formulas(attention: str, 
         dim = mine.dim() - 2
         real = slice(padded, None)  # what hidden tokens attend to, where all is hidden, is anyone's choice
         torch.testing.assert_close(mine.movedim(dim, 0)[real], theirs.movedim(dim, 0)[real], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_core_matching_drops_what_few_core_neurons_fire_for(attention: str) -> None:
+    """In transformers' own layers, too; the rest is as where the same tokens are named."""
+    model, inputs, program = built(attention, 0)
+    seen: list[Tensor] = []
+    down = model.model.model.language_model.layers[0].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    found = matches(seen[0], core_neurons(seen[0], 0.2, 0.4))[0, START : START + PLACES].tolist()
+    gone = sorted(range(PLACES), key=lambda n: (-found[n], n))[4:]
+    named = make("drop-segments", segments=tuple(f"{START + n}:{START + n + 1}" for n in gone), sites=(0,))(program)
+    chosen = make("core-matching", tokens=IMAGE, counts=(4,))(program)
+    for mine, theirs in zip(outputs_of(chosen, inputs), outputs_of(named, inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["visiondrop", "lvlm-csp"])
