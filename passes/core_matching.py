@@ -57,7 +57,7 @@ class CoreMatching(TokenReduction):
     """
 
     name: ClassVar[str] = "core-matching"
-    default_keep: ClassVar[float | None] = 1.0
+    default_keep: ClassVar[float | None] = 1.0  # nothing need be given, as the elbow says it
     schedules: ClassVar[tuple[str, ...]] = (*SCHEDULES, "elbow")
 
     score: str = "core-match"
@@ -102,7 +102,10 @@ class CoreMatching(TokenReduction):
                 way_out="give one of them, or leave the schedule out",
             )
         if self.score != "core-match":
-            raise BadOption(what=f"{self.name}: score={self.score}", way_out="prune-tokens takes any score")
+            raise BadOption(
+                what=f"{self.name}: score={self.score}",
+                way_out="give rho and beta to the pass; prune-tokens takes any score",
+            )
         for option in ("rho", "beta"):
             check_share(self.name, option, getattr(self, option))
 
