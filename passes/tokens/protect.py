@@ -53,7 +53,8 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
         # Several images: from the first to the last would take the text between them; the longest one it is.
         first, last = max(places, key=lambda place: place[1] - place[0])
         return Span(site.dim, first, last)
-    scattered = _scattered(axes, node, site.dim, _measured(axes.program, 2))
+    flat = _measured(axes.program, 2)
+    scattered = _scattered(axes, node, site.dim, flat)
     attention = site.attention or site.following
     if scattered is not None or (attention is not None and _is_causal(axes.program, attention, size)):
         seen = _places(axes.program, scattered) if scattered is not None else None
@@ -63,7 +64,7 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
             if seen is None
             else f"name them: tokens={seen}, if they are always where they are in the example inputs",
         )
-    if attention is None and node not in measured:  # words in a scan: each is read behind all in front of it
+    if attention is None and node not in flat:  # words in a scan: each is read behind all in front of it
         raise BadOption(what=f"which of the {size} words may go cannot be told", way_out="name them: tokens=START:STOP")
     return Span(site.dim, 0, size)
 
