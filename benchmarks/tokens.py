@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], tuple[st
     "deit_s": (ZOO["deit_s"], ("merge-tokens", "prune-tokens")),
     "dit_s": (dit_s, ("merge-tokens", "flexdit:poolings=2,modules=2,sparse=2")),
     "plain_mamba": (plain_mamba, ("prune-scan-tokens",)),
-    "llava": (llava, ("pyramid-drop", "visiondrop")),
+    "llava": (llava, ("pyramid-drop:tokens=4:580", "visiondrop:tokens=4:580")),
 }
 # These have as many tokens as their options say, whatever the budget.
 WITHOUT_BUDGET = "flexdit"

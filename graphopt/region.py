@@ -133,6 +133,7 @@ def region_of(
     until: Node | None = None,
     shrinks: Callable[[Node], bool] = lambda _: False,
     compact: bool = False,
+    counted: bool = False,
 ) -> Region:
     """Find the region behind `at`.
 
@@ -149,6 +150,7 @@ def region_of(
         until: a value behind which all tokens are there again.
         shrinks: for a result that leaves the program, whether it leaves with fewer tokens.
         compact: convolutions along the tokens slide over those that stay, as if they were neighbours.
+        counted: tokens that stay stand for others, which a mean or sum of all of them counts: it gets all tokens.
     """
     outside: dict[Node, str] = dict.fromkeys(until.users, "tokens come back in front of it") if until else {}
     order = list(edit.graph.nodes)
@@ -158,7 +160,7 @@ def region_of(
         # Everything behind a call that is outside is outside, too.
         gone = descendants(order, *outside) | set(outside)
         inside = [node for node in order if node in behind and node not in gone]
-        suffix = Suffix(edit, at, where, inside, ORDER if ordered else frozenset(), compact, loops)
+        suffix = Suffix(edit, at, where, inside, ORDER if ordered else frozenset(), compact, counted, loops)
         if (blocker := suffix.run_region()) is not None:
             node, reason = blocker
             outside[node] = reason

@@ -32,10 +32,11 @@ class Suffix(Inference):
         inside: Sequence[Node],
         tolerated: frozenset[str],
         compact: bool,
+        counted: bool = False,
         loops: Sequence[Loop] = (),
     ) -> None:
         super().__init__(edit.program)
-        self.tolerated, self.compact = tolerated, compact
+        self.tolerated, self.compact, self.counted = tolerated, compact, counted
         self.edit, self.at, self.inside = edit, at, inside
         own = set(inside) if tolerated else set()
         self.loops = {loop.joined: loop for loop in loops if loop.joined in own}
@@ -81,6 +82,8 @@ class Suffix(Inference):
                 return node, f"tokens in one order meet tokens in another{one}"
             if (disorder := self._disorder(node)) is not None:
                 return node, disorder
+            if self.counted and self._sums_up(node):
+                return node, "it counts each token that was merged"
             if self._weighs_rows(node):
                 return node, "it has a weight for each feature of each token"
         return None
@@ -192,6 +195,12 @@ class Suffix(Inference):
             return "tokens in reverse order are put in another"
         self.backwards[node] = state
         return None
+
+    def _sums_up(self, node: Node) -> bool:
+        """Whether a call makes one value of all tokens that counts them: a head's mean, no sum over keys of each."""
+        if base_name(node) not in ("mean", "sum") or not self.dims.get(node) or self.carries(node):
+            return False
+        return any(self.carries(each) for each in node.all_input_nodes if self.dims.get(each))
 
     def _weighs_rows(self, node: Node) -> bool:
         """Whether a layer reads the features of all tokens in one row: a head that wants all tokens."""

@@ -38,7 +38,8 @@ class TokenReduction(Pass):
     reducer: what becomes of the others: top-k, bipartite, ...
     where: "attention": between attention and what follows it, "block": behind whole blocks, "input": once, in front.
     sites: the blocks, from 0, that have a place; all but the last for "block", all for "attention", if none are named.
-    tokens: START:STOP of the tokens that may go; all but class tokens where it is not said.
+    tokens: START:STOP of the tokens that may go; where it is not said all but class tokens, and the first and last
+        ones if the model takes these from the others behind the blocks.
     positions: "keep": tokens keep their place in tables of positions and in masks; "renumber": they move up.
     outputs: "restore": outputs that have the tokens get all of them back; "shrink": they leave with fewer.
     stream: which of several sequences of tokens, from 0 (a vision tower, a language model); the one with most blocks.
@@ -88,7 +89,9 @@ class TokenReduction(Pass):
             add_outputs(edit)
         edit.details.append({"model_flops": model, "reduction_flops": job.added("flops")})
         edit.declined += job.declined
-        if not edit.changed and min(wanted) < job.span.size:
+        if min(wanted) >= job.span.size:
+            edit.declined.append(Decline(edit.program.name, f"all {job.span.size} tokens stay, as was asked"))
+        elif not edit.changed:
             reasons = dict.fromkeys(str(each.reason) for each in job.declined)
             edit.note(f"no tokens could be reduced: {'; '.join(reasons)}")
 

@@ -69,12 +69,32 @@ class Job:
         self.places = [site for site in every if options.where == "input" or site.block in numbers_]
         if self.places:
             self.span = span_of(axes, self.places[0], options.tokens)
+            self.score = self.score_of(self.score)
             if self.reducer.scored and self.score.look == "following":
                 self.places = [site for site in self.places if site.following is not None]
             if self.reducer.scored and self.score.look == "neurons":
                 reason = f"{self.score.name} looks at neurons, and no feed-forward part of plain layers ends there"
                 self.declined += [Decline(place(site.at), reason) for site in self.places if site.hidden is None]
                 self.places = [site for site in self.places if site.hidden is not None]
+
+    def score_of(self, score: scores.Score) -> scores.Score:
+        """The score, or where it looks at a class token that is none, since it may go, the attention of all tokens.
+
+        Raises:
+            BadOption: it is told which is the class token, and that may go.
+        """
+        if not isinstance(score, scores.ClassAttention) or not self.reducer.scored or self.options.tokens is not None:
+            return score
+        if not self.span.start <= score.token < self.span.stop or score.token == self.span.hole:
+            return score
+        if score != scores.ClassAttention():
+            raise BadOption(
+                what=f"{self.options.name}: token {score.token} may go like others, it is no class token",
+                way_out="give score=mean-attention, or which may go: tokens=START:STOP",
+            )
+        found = scores.MeanAttention()
+        self.edit.note(f"there is no class token: {found.name}, what each token gets from all, stands for {score.name}")
+        return found
 
     def numbers(self, ends: Sequence[Node]) -> Sequence[int]:
         """The blocks that have a place, of those that end so; notes how many there are, and where all tokens come back.
@@ -86,6 +106,10 @@ class Job:
         chosen = options.default_sites(self.blocks) if options.sites is None else options.sites
         chosen = () if options.where == "input" else chosen  # one place, in front of all blocks
         until = [] if options.until is None else [options.until]
+        if list(chosen) != sorted(set(chosen)):
+            raise BadOption(
+                what=f"{options.name}: sites={','.join(map(str, chosen))}", way_out="name each block once, in order"
+            )
         for option, own in (("until", until), ("sites", chosen)):
             if unknown := [number for number in own if not 0 <= number < self.blocks]:
                 shown = unknown if option == "sites" else unknown[0]
@@ -110,6 +134,7 @@ class Job:
             shrinks=lambda _: self.options.outputs == "shrink",
             until=self.until,
             compact=self.compact,
+            counted=not self.reducer.drops,
         )
         region = found(at_stream=self.reducer.drops)
         # What is computed of merged tokens comes back at all their places, where it has their form; else they do.

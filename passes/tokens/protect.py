@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from graphopt.axes import Axes, find, results_of
+from graphopt.axes import Axes, atoms, find, results_of
 from graphopt.cost.formulas import base_name
 from graphopt.errors import BadOption
 from graphopt.observe import watch
@@ -23,7 +23,8 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
     """The tokens that may go at a place.
 
     Where the user does not say: of a sequence that was put together (class token and patches, text and image), what was
-    computed from values (an image, sound), not from words and not from stored tensors alone; else all.
+    computed from values (an image, sound), not from words and not from stored tensors alone; else all but the first and
+    last ones that the model takes from the others behind the place (BERT's [CLS]).
 
     Raises:
         BadOption: `given` is no START:STOP of these tokens; or which tokens are an image's cannot be told, and some are
@@ -66,7 +67,25 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
         )
     if attention is None and node not in flat:  # words in a scan: each is read behind all in front of it
         raise BadOption(what=f"which of the {size} words may go cannot be told", way_out="name them: tokens=START:STOP")
-    return Span(site.dim, 0, size)
+    alone = _taken_alone(axes, node, site.dim)
+    start = next(place for place in range(size + 1) if place not in alone)
+    stop = next(place for place in range(size, -1, -1) if place - 1 not in alone)
+    return Span(site.dim, start, stop) if start < stop else Span(site.dim, 0, size)
+
+
+def _taken_alone(axes: Axes, stream: Node, dim: int) -> set[int]:
+    """The tokens that some call behind takes by their number, one alone."""
+    own = atoms(results_of(axes.dims[stream])[0][dim])
+    nodes = list(axes.program.graph.nodes)
+    found: set[int] = set()
+    for node in nodes[nodes.index(stream) :]:
+        if base_name(node) != "select" or not isinstance(node.args[2], int):
+            continue
+        dims = results_of(axes.dims[node.args[0]])[0]
+        place = int(node.args[1]) % len(dims)
+        if atoms(dims[place]) == own:
+            found.add(node.args[2] % dims[place].extent)
+    return found
 
 
 def _put_together(axes: Axes, stream: Node, dim: int) -> list[Node]:

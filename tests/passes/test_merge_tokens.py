@@ -12,7 +12,7 @@ from torch import Tensor
 from graphopt.cut import Kept
 from graphopt.passes.tokens.reducers import REDUCERS, Bipartite
 from graphopt.passes.tokens.view import View
-from tests.passes.tokens.vision import PATCHES, after, image_of, model_of
+from tests.passes.tokens.vision import PATCHES, Dense, Pooled, after, image_of, model_of
 from tests.tome import MergedVisionTransformer
 
 
@@ -64,3 +64,15 @@ def test_duplicates_are_merged_without_loss(reducer: str) -> None:
     score = "uniform"  # in bit-reversed order: the first half are every other token
     got = after(model, x, "prune-tokens", reducer=reducer, score=score, counts=(8,), sites=(0,))[1]
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reducer", ["bipartite", "cluster"])
+@pytest.mark.parametrize("where", ["attention", "block"])
+def test_a_mean_counts_each_token_that_was_merged(reducer: str, where: str) -> None:
+    """A head that pools by the mean has what the mean of all tokens is when they are back, at several places."""
+    x = image_of(2, 2)
+    options = {"counts": (11, 7), "sites": (0, 1), "reducer": reducer, "where": where}
+    pooled = after(model_of(1, Pooled), x, "merge-tokens", **options)[1]
+    dense = after(model_of(1, Dense), x, "merge-tokens", **options)[1]
+    assert dense.shape[1] == PATCHES + 1
+    torch.testing.assert_close(pooled, dense.mean(1), atol=2e-5, rtol=1e-4)

@@ -21,7 +21,7 @@ from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.masked import KEPT, THROUGH, masked
 from graphopt.program import Program
 from tests.passes.tokens import reference
-from tests.passes.tokens.vision import LAYERS, PATCHES, image_of, model_of
+from tests.passes.tokens.vision import LAYERS, PATCHES, Dense, Pooled, image_of, model_of
 from tests.transformer_nets import Attention, VisionTransformer
 
 
@@ -98,24 +98,6 @@ def test_hidden_tokens_may_be_huge() -> None:
     got.square().sum().backward()
     assert got.isfinite().all()
     assert all(table.grad is not None and table.grad.isfinite().all() for table in tables.values())
-
-
-class Pooled(VisionTransformer):
-    """The mean of all tokens instead of the class token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
-        return self.head(self.norm(self.blocks(x)).mean(1))
-
-
-class Dense(VisionTransformer):
-    """An output for every token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
-        return self.head(self.norm(self.blocks(x)))
 
 
 @pytest.mark.parametrize("kind", [Pooled, Dense])

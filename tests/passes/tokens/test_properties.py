@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.passes.tokens.scores import SCORES
-from tests.passes.tokens.test_masked import Dense, written_out
-from tests.passes.tokens.vision import LAYERS, PATCHES, after, image_of, model_of
+from tests.passes.tokens.test_masked import written_out
+from tests.passes.tokens.vision import LAYERS, PATCHES, Dense, after, image_of, model_of
 
 COUNTS = (11, 7, 5)
 

@@ -19,11 +19,29 @@ PATCHES = 16
 LAYERS = 3
 
 
-def model_of(seed: int) -> VisionTransformer:
+class Pooled(VisionTransformer):
+    """The mean of all tokens instead of the class token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+class Dense(VisionTransformer):
+    """An output for every token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
+        return self.head(self.norm(self.blocks(x)))
+
+
+def model_of(seed: int, kind: type[VisionTransformer] = VisionTransformer) -> VisionTransformer:
     """A small vision transformer of 16 patches whose attention is not flat."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VisionTransformer(dim=32, heads=4, layers=LAYERS, image=32, patch=8, classes=10)
+        model = kind(dim=32, heads=4, layers=LAYERS, image=32, patch=8, classes=10)
         for parameter in model.parameters():
             parameter.data.mul_(3.0)
     return model.eval()
