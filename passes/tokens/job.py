@@ -24,7 +24,7 @@ from graphopt.passes.tokens.attention import Attention, add_to_keys, attentions
 from graphopt.passes.tokens.following import computed_early
 from graphopt.passes.tokens.protect import span_of
 from graphopt.passes.tokens.segments import Segments, segments_of
-from graphopt.passes.tokens.sites import Site, blocks, sites, streams
+from graphopt.passes.tokens.sites import Block, Site, blocks, length, sites, streams
 from graphopt.passes.tokens.view import View, heads, repeated
 from graphopt.place import place
 from graphopt.region import Region, Span, region_of
@@ -60,7 +60,7 @@ class Job:
         groups = streams(found)
         if options.stream is not None and not 0 <= options.stream < len(groups):
             raise BadOption(what=f"{options.name}: stream={options.stream}", way_out=f"there are {len(groups)}, from 0")
-        longest = max(range(len(groups)), key=lambda n: (len(groups[n]), n))
+        longest = max(range(len(groups)), key=lambda n: (len(groups[n]), length(groups[n]), n))
         self.stream = longest if options.stream is None else options.stream
         found = groups[self.stream]
         numbers_ = self.numbers([block.end for block in found])
@@ -68,7 +68,7 @@ class Job:
         every = sites(found, options.where)
         self.places = [site for site in every if options.where == "input" or site.block in numbers_]
         if self.places:
-            self.span = span_of(axes, self.places[0], options.tokens)
+            self.span = span_of(axes, self.places[0], options.tokens, _elsewhere(groups, self.stream))
             self.score = self.score_of(self.score)
             if self.reducer.scored and self.score.look == "following":
                 self.places = [site for site in self.places if site.following is not None]
@@ -275,6 +275,16 @@ class Job:
             return inline(self.edit, seen, x, given, size, more, like=first)
         except AssertionError as problem:
             raise CannotShrink(axis=site.name, reason=str(problem)) from problem
+
+
+def _elsewhere(groups: Sequence[list[Block]], own: int) -> str:
+    """What an error says of the other sequences of tokens."""
+    others = [
+        f"stream={n} ({group[0].name} to {group[-1].name}, {length(group)} tokens)"
+        for n, group in enumerate(groups)
+        if n != own
+    ]
+    return f"; or take another sequence: {', '.join(others)}" if others else ""
 
 
 def _cost(calls: Sequence[Node], kind: str) -> int:

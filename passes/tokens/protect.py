@@ -19,7 +19,7 @@ from graphopt.program import Program
 from graphopt.region import Span
 
 
-def span_of(axes: Axes, site: Site, given: str | None) -> Span:
+def span_of(axes: Axes, site: Site, given: str | None, others: str = "") -> Span:
     """The tokens that may go at a place.
 
     Where the user does not say: of a sequence that was put together (class token and patches, text and image), what was
@@ -29,6 +29,7 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
     Raises:
         BadOption: `given` is no START:STOP of these tokens; or which tokens are an image's cannot be told, and some are
             text for sure: attention is causal, or the image is put where words say, or there are nothing but words.
+            `others` is what it says of other sequences of tokens.
     """
     size = int(site.at.meta["val"].shape[site.dim])
     if given is not None:
@@ -61,12 +62,14 @@ def span_of(axes: Axes, site: Site, given: str | None) -> Span:
         seen = _places(axes.program, scattered) if scattered is not None else None
         raise BadOption(
             what=f"which of the {size} tokens are an image's cannot be told",
-            way_out="name them: tokens=START:STOP"
+            way_out=f"name them: tokens=START:STOP{others}"
             if seen is None
-            else f"name them: tokens={seen}, if they are always where they are in the example inputs",
+            else f"name them: tokens={seen}, if they are always where they are in the example inputs{others}",
         )
     if attention is None and node not in flat:  # words in a scan: each is read behind all in front of it
-        raise BadOption(what=f"which of the {size} words may go cannot be told", way_out="name them: tokens=START:STOP")
+        raise BadOption(
+            what=f"which of the {size} words may go cannot be told", way_out=f"name them: tokens=START:STOP{others}"
+        )
     alone = _taken_alone(axes, node, site.dim)
     start = next(place for place in range(size + 1) if place not in alone)
     stop = next(place for place in range(size, -1, -1) if place - 1 not in alone)

@@ -62,6 +62,11 @@ def streams(found: list[Block]) -> list[list[Block]]:
     return list(groups.values())
 
 
+def length(stream: list[Block]) -> int:
+    """How many tokens a stream has in front of its first block."""
+    return int(stream[0].entry.meta["val"].shape[stream[0].dim])
+
+
 def blocks(edit: Edit, axes: Axes) -> tuple[list[Block], list[Decline]]:
     """The blocks with attention of tokens to tokens of the stream, in order; and attention that is in none."""
     program = edit.program
