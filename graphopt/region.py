@@ -199,6 +199,18 @@ def descendants(order: Sequence[Node], *roots: Node) -> set[Node]:
     return found
 
 
+def ancestors(node: Node) -> set[Node]:
+    """What a value is computed from, itself included."""
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        each = todo.pop()
+        if each not in found:
+            found.add(each)
+            todo += each.all_input_nodes
+    return found
+
+
 def _end_in_stream(edit: Edit, suffix: Suffix, ends: Sequence[tuple[Node, Node]], inside: set[Node]) -> list[Node]:
     """Let readers of ends that are no sums of the stream read copies of all that lies between; the copies."""
     wanted: set[Node] = set()

@@ -22,6 +22,7 @@ from graphopt.edit import Edit
 from graphopt.exported import output_names
 from graphopt.inline import inline
 from graphopt.program import Program
+from graphopt.region import ancestors, descendants
 
 MARK = "graphopt.tokens"
 _OUTPUT = re.compile(r"tokens_(\d+)")
@@ -59,6 +60,26 @@ def add_outputs(edit: Edit) -> None:
     places = [(number, own) for number, own in sorted(_marked(edit).items()) if number not in given]
     if places:
         edit.add_outputs({f"tokens_{number}": inline(edit, part_of, *own, like=output) for number, own in places})
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A place where `count` of `size` tokens are chosen already; what that is computed from, and what from it."""
+
+    size: int
+    count: int
+    above: frozenset[Node]
+    behind: frozenset[Node]
+
+
+def choices(edit: Edit) -> list[Choice]:
+    """The marked places, in order."""
+    found, order = [], list(edit.graph.nodes)
+    for _, (kept, size) in sorted(_marked(edit).items()):
+        node = kept.index if kept.matrix is None else kept.matrix
+        count = int(node.meta["val"].shape[1])
+        found.append(Choice(size, count, frozenset(ancestors(node)), frozenset(descendants(order, node))))
+    return found
 
 
 def add_output(edit: Edit, parts: Node) -> None:

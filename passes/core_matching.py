@@ -145,7 +145,7 @@ class CoreMatching(TokenReduction):
     def give_weights(self, edit: Edit) -> None:
         """Give those of the core neurons of all layers of the stream. Raises BadOption."""
         axes, before = infer(edit.program), Edit(edit.program)
-        stream = streams(blocks(before, axes)[0])[self.job(before).stream]
+        stream = streams(before, blocks(before, axes)[0])[self.job(before).stream]
         samples = int(stream[0].entry.meta["val"].shape[0]) if stream[0].dim else 1
         if samples > 1:
             raise BadOption(

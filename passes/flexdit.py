@@ -74,7 +74,7 @@ class Flexdit(Pass):
         if not found:
             edit.declined.append(Decline(edit.program.name, "there is no attention in a residual block"))
             return
-        found = max(streams(found), key=len)
+        found = max(streams(edit, found), key=len)
         each = 2 + self.sparse + self.dense
         if self.poolings + self.modules * each > len(found):
             raise BadOption(

@@ -71,7 +71,7 @@ class SemanticTokens(Pass):
             edit.declined.append(Decline(edit.program.name, "no block has attention of all tokens to all tokens"))
             edit.note("no semantic tokens: " + "; ".join(dict.fromkeys(str(each.reason) for each in edit.declined)))
             return
-        found = max(streams(found), key=len)
+        found = max(streams(edit, found), key=len)
         self.check(len(found))
         first, second = found[self.base : self.base + 2]
         span = span_of(axes, Site(self.base, first.name, first.entry, first.dim, first.attention, None), None)

@@ -24,7 +24,7 @@ from graphopt.errors import CannotShrink
 from graphopt.inline import inline
 from graphopt.passes.tokens.attention import Attention, attentions
 from graphopt.place import place
-from graphopt.region import Span, descendants, region_of
+from graphopt.region import Span, ancestors, descendants, region_of
 
 _VIEWS = ("view", "reshape", "_unsafe_view", "permute", "transpose", "unsqueeze", "squeeze", "contiguous", "clone")
 _SEVERAL = ("unbind", "split", "split_with_sizes", "chunk", "tensor_split")
@@ -140,18 +140,6 @@ def split_projection(edit: Edit, attention: Attention) -> None:
         for piece in pieces:
             _from_rows(edit, layer, piece)
     edit.graph.eliminate_dead_code()
-
-
-def ancestors(node: Node) -> set[Node]:
-    """What a value is computed from, itself included."""
-    found: set[Node] = set()
-    todo = [node]
-    while todo:
-        each = todo.pop()
-        if each not in found:
-            found.add(each)
-            todo += each.all_input_nodes
-    return found
 
 
 def _pieces(layer: Node) -> list[Node] | None:

@@ -28,7 +28,7 @@ from graphopt.passes.tokens.sites import Block, Site, blocks, length, sites, str
 from graphopt.passes.tokens.view import View, heads, repeated
 from graphopt.place import place
 from graphopt.region import Region, Span, region_of
-from graphopt.token_trace import mark
+from graphopt.token_trace import choices, mark
 
 if TYPE_CHECKING:
     from graphopt.passes.tokens.base import TokenReduction
@@ -57,7 +57,7 @@ class Job:
         found, self.declined = blocks(self.edit, axes)
         if not found:
             return
-        groups = streams(found)
+        groups = streams(self.edit, found)
         if options.stream is not None and not 0 <= options.stream < len(groups):
             raise BadOption(what=f"{options.name}: stream={options.stream}", way_out=f"there are {len(groups)}, from 0")
         longest = max(range(len(groups)), key=lambda n: (len(groups[n]), length(groups[n]), n))
@@ -67,8 +67,9 @@ class Job:
         self.chain = [block.attention for block in found]
         every = sites(found, options.where)
         self.places = [site for site in every if options.where == "input" or site.block in numbers_]
+        self.places = self.on_one_side(self.places, every)
         if self.places:
-            self.span = span_of(axes, self.places[0], options.tokens, _elsewhere(groups, self.stream))
+            self.span = span_of(axes, self.places[0], options.tokens, every[0], _elsewhere(groups, self.stream))
             self.score = self.score_of(self.score)
             if self.reducer.scored and self.score.look == "following":
                 self.places = [site for site in self.places if site.following is not None]
@@ -95,6 +96,28 @@ class Job:
         found = scores.MeanAttention()
         self.edit.note(f"there is no class token: {found.name}, what each token gets from all, stands for {score.name}")
         return found
+
+    def on_one_side(self, places: list[Site], every: list[Site]) -> list[Site]:
+        """Places that no earlier pass has reduced tokens between: those behind all of that, where none are named.
+
+        Raises:
+            BadOption: such places are named.
+        """
+        earlier = choices(self.edit)
+        sides = {site: tuple(site.at in choice.behind for choice in earlier) for site in every}
+        behind = [site for site in places if sides[site] == sides[places[-1]]]
+        if behind == places:
+            return places
+        if self.options.sites is not None:
+            border = next(site.block for site in every if sides[site] == sides[behind[0]])
+            raise BadOption(
+                what=f"{self.options.name}: sites={[site.block for site in places]}, and an earlier pass reduces "
+                "tokens between these",
+                way_out=f"name sites in front of block {border}, or from there on",
+            )
+        reason = "an earlier pass reduces tokens behind it; sites can name what is in front of that"
+        self.declined += [Decline(place(site.at), reason) for site in places if site not in behind]
+        return behind
 
     def numbers(self, ends: Sequence[Node]) -> Sequence[int]:
         """The blocks that have a place, of those that end so; notes how many there are, and where all tokens come back.

@@ -19,12 +19,13 @@ from graphopt.program import Program
 from graphopt.region import Span
 
 
-def span_of(axes: Axes, site: Site, given: str | None, others: str = "") -> Span:
+def span_of(axes: Axes, site: Site, given: str | None, first: Site | None = None, others: str = "") -> Span:
     """The tokens that may go at a place.
 
-    Where the user does not say: of a sequence that was put together (class token and patches, text and image), what was
-    computed from values (an image, sound), not from words and not from stored tensors alone; else all but the first and
-    last ones that the model takes from the others behind the place (BERT's [CLS]).
+    Where the user does not say: those that earlier passes left of what may go at the stream's `first` place. There, of
+    a sequence that was put together (class token and patches, text and image), what was computed from values (an image,
+    sound), not from words and not from stored tensors alone; else all but the first and last ones that the model takes
+    from the others behind the place (BERT's [CLS]).
 
     Raises:
         BadOption: `given` is no START:STOP of these tokens; or which tokens are an image's cannot be told, and some are
@@ -40,6 +41,10 @@ def span_of(axes: Axes, site: Site, given: str | None, others: str = "") -> Span
         if not 0 <= start < stop <= size:
             raise BadOption(what=f"tokens={given} of {size}", way_out="give START:STOP, such as 1: or 5:581")
         return Span(site.dim, start, stop)
+    whole = size if first is None else int(first.at.meta["val"].shape[first.dim])
+    if first is not None and size < whole:
+        found_there = span_of(axes, first, None, others=others)
+        return Span(site.dim, found_there.start, found_there.stop - (whole - size))
     node = next(each for each in axes.program.graph.nodes if each.name == site.at.name)
     parts = _put_together(axes, node, site.dim)
     measured = _measured(axes.program)
@@ -53,8 +58,8 @@ def span_of(axes: Axes, site: Site, given: str | None, others: str = "") -> Span
         start += count
     if places and start == size:
         # Several images: from the first to the last would take the text between them; the longest one it is.
-        first, last = max(places, key=lambda place: place[1] - place[0])
-        return Span(site.dim, first, last)
+        begin, end = max(places, key=lambda place: place[1] - place[0])
+        return Span(site.dim, begin, end)
     flat = _measured(axes.program, 2)
     scattered = _scattered(axes, node, site.dim, flat)
     attention = site.attention or site.following

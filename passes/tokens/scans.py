@@ -17,9 +17,8 @@ from graphopt.errors import Decline
 from graphopt.inline import inline
 from graphopt.loops import Loop, loop_of
 from graphopt.passes.residual import Branch, branches
-from graphopt.passes.tokens.cross import ancestors
 from graphopt.place import place
-from graphopt.region import Region, descendants
+from graphopt.region import Region, ancestors, descendants
 
 _SCANS = ("cumsum", "logcumsumexp", "cumprod")
 _TO_DECAY = ("mul", "neg", "sub", "unsqueeze", "view", "reshape", "transpose", "permute")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from graphopt.errors import Decline
 from graphopt.passes.residual import Branch, branches
 from graphopt.passes.tokens.attention import Attention, attentions
 from graphopt.place import place
+from graphopt.token_trace import Choice, choices
 
 Where = Literal["attention", "block", "input"]
 
@@ -39,7 +41,7 @@ class Site:
 class Block:
     """A block of a transformer: an attention, where its result was added to the stream, and where the block ends.
 
-    `tokens` is the axis of the stream's tokens, in front of any reduction: blocks with the same one follow each other.
+    `tokens` is the axis of the stream's tokens behind its attention: blocks with the same one follow each other.
     `hidden` (b, n, neurons) is what the last layer of its feed-forward part reads, None where that is not one sequence
     of layers.
     """
@@ -54,12 +56,37 @@ class Block:
     hidden: Node | None
 
 
-def streams(found: list[Block]) -> list[list[Block]]:
-    """Blocks by the tokens that they share, in order: those of a vision tower, those of a language model."""
-    groups: dict[Axis, list[Block]] = {}
+def streams(edit: Edit, found: list[Block]) -> list[list[Block]]:
+    """Blocks by the stream that they are of, in order: those of a vision tower, those of a language model.
+
+    Blocks of a stream share their tokens, or have those that earlier passes left of them, or brought back.
+    """
+    groups: list[list[Block]] = []
+    known: dict[Axis, list[Block]] = {}
+    earlier = choices(edit)
     for block in found:
-        groups.setdefault(find(block.tokens), []).append(block)
-    return list(groups.values())
+        group = known.get(find(block.tokens)) or next((own for own in groups if _follows(block, own, earlier)), [])
+        if not group:
+            groups.append(group)
+        group.append(block)
+        known[find(block.tokens)] = group
+    return groups
+
+
+def _follows(block: Block, group: list[Block], earlier: Sequence[Choice]) -> bool:
+    """Whether a block goes on with the stream of a group, whose tokens earlier passes reduced on the way."""
+    at, first = block.after_attention, group[0]
+    between = [choice for choice in earlier if first.entry in choice.above and at in choice.behind]
+    return block.dim == first.dim and any(_left_of(each.after_attention, at, block.dim, between) for each in group)
+
+
+def _left_of(before: Node, node: Node, dim: int, between: Sequence[Choice]) -> bool:
+    """Whether a value is shaped as one in front of it, but for the tokens that were reduced between the two."""
+    sizes = {int(before.meta["val"].shape[dim])}
+    for choice in between:
+        sizes |= {size - choice.size + choice.count for size in sizes}
+    own, shape = (list(each.meta["val"].shape) for each in (node, before))
+    return len(own) == len(shape) and own.pop(dim) in sizes and own == [*shape[:dim], *shape[dim + 1 :]]
 
 
 def length(stream: list[Block]) -> int:
@@ -76,7 +103,7 @@ def blocks(edit: Edit, axes: Axes) -> tuple[list[Block], list[Decline]]:
     sums = [(branch, nodes[branch.total.name]) for branch in branches(program)[0]]
     found: list[Block] = []
     declined: list[Decline] = []
-    every = attentions(edit)
+    every, earlier = attentions(edit), choices(edit)
     for number, attention in enumerate(every):
         until = order[every[number + 1].node] if number + 1 < len(every) else len(order)
         own = [
@@ -93,11 +120,13 @@ def blocks(edit: Edit, axes: Axes) -> tuple[list[Block], list[Decline]]:
             reason = "its queries are windows, or several dimensions, of the stream"
             declined.append(Decline(place(attention.node), reason))
             continue
-        # The last sum in front of the next attention that still has these tokens.
+        # The last sum in front of the next attention that still has these tokens, or what is left of them.
+        inside = [choice for choice in earlier if total in choice.above]
         ends = [
             (branch, each)
             for branch, each in sums
-            if order[total] <= order[each] < until and each.meta["val"].shape == total.meta["val"].shape
+            if order[total] <= order[each] < until
+            and _left_of(total, each, dims[0], [choice for choice in inside if each in choice.behind])
         ]
         last, end = ends[-1] if ends else (branch, total)
         hidden = hidden_of(last) if end is not total else None
