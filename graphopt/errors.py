@@ -424,6 +424,13 @@ class BudgetUnreachable(GraphoptError):
     hint = "ask for {least}, or see what is held back with `graphopt inspect MODEL --pinned`"
 
 
+class TokensUnreachable(BudgetUnreachable):
+    """As few tokens stay as may at a pass's places, and the budget is still not met."""
+
+    message = "{file}: {name} cannot meet --{kind} {asked}; the least reachable is {least}{why}"
+    hint = "ask for {least}{ways}"
+
+
 class NothingToCut(BudgetUnreachable):
     """A budget for a pass that finds nothing in the program that it could cut."""
 

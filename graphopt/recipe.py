@@ -186,10 +186,12 @@ def passes_of(recipe: Recipe, **context: Any) -> list[Pass]:
         made.append(cls(**{**given, **shared, **own}))
     if idle := [key for key in recipe.shared if key not in used]:
         names = ", ".join(step.name for step in recipe.steps)
+        flags = {option: f"--{alias.replace('_', '-')}" for alias, option in _ALIASES.items()}
+        shown = ", ".join(flags.get(key, key) for key in idle)
         raise BadRecipe(
             what=recipe.name,
-            reason=f"{', '.join(idle)}: {names} has no such option",
-            way_out="see `graphopt passes NAME`",
+            reason=f"{shown}: {names} has no such option",
+            way_out="leave it out; `graphopt passes NAME` lists what a pass takes",
         )
     return together(made, [step.options for step in recipe.steps], recipe.shared, recipe.name)
 
@@ -255,8 +257,21 @@ def _as_type(value: Any, wanted: Any, what: str) -> Any:
             pass
     elif isinstance(wanted, type) and isinstance(value, wanted):
         return value
-    shown = getattr(wanted, "__name__", str(wanted))
-    raise BadRecipe(what=what, reason=f"is {value!r}", way_out=f"it takes {shown}")
+    raise BadRecipe(what=what, reason=f"is {value!r}", way_out=f"it takes {_in_words(wanted)}")
+
+
+def _in_words(wanted: Any) -> str:
+    """What a user may write where a type is wanted."""
+    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_in_words(arg) for arg in args if arg is not type(None)))
+    if origin is tuple:
+        several = {int: "whole numbers", float: "numbers"}.get(args[0], "names")
+        return f"{several} with commas between them"
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, args))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(wanted, getattr(wanted, "__name__", str(wanted)))
 
 
 def _is(arg: Any, kind: type) -> bool:

@@ -127,9 +127,19 @@ def _refusal(sharing: Sequence[Pass], name: str, why: str) -> BadRecipe:
         way_out = f"give each pass a budget of its own, such as {' '.join(texts)}"
     else:
         each = f"{budget.amount ** (1 / len(sharing)):.3g}"
-        texts = [f"--pass {item.name}:{budget.kind}={each}" for item in sharing]
+        texts = [
+            f"--pass {item.name}:{budget.kind}={each}{own}" for item, own in zip(sharing, _sites(sharing), strict=True)
+        ]
         way_out = f"give each pass a budget of its own, a share of what it finds: {' '.join(texts)}"
     return BadRecipe(what=name, reason=f"{', '.join(item.name for item in sharing)} {why}", way_out=way_out)
+
+
+def _sites(sharing: Sequence[Pass]) -> list[str]:
+    """Options by which passes that reduce tokens take turns: each but the last has the first blocks that are left."""
+    from graphopt.passes.tokens.base import TokenReduction
+
+    own = [item for item in sharing if isinstance(item, TokenReduction)]
+    return [f",sites={own.index(item)}" if item in own[:-1] else "" for item in sharing]
 
 
 _AMOUNTS = ("1.2G", "0.6G", "0.3G")

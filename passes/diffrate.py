@@ -10,6 +10,7 @@ from graphopt.edit import Edit
 from graphopt.errors import BadOption
 from graphopt.passes.sizes import limit
 from graphopt.passes.tokens.base import TokenReduction
+from graphopt.passes.tokens.budgets import COUNTED
 from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.reducers import PruneMerge, Reducer
 from graphopt.passes.tokens.schedule import SCHEDULES
@@ -48,6 +49,11 @@ class Diffrate(TokenReduction):
             raise BadOption(what=f"{self.name}: through={self.through}", way_out="give as many counts beside it")
         if self.schedule == "searched" and not isinstance(self.made_reducer, PruneMerge):
             raise BadOption(what=f"{self.name}: rates of {self.reducer} cannot be searched", way_out="use prune-merge")
+        if self.schedule == "searched" and self.budget is not None and self.budget.kind not in COUNTED:
+            raise BadOption(
+                what=f"{self.name}: rates are not searched for a budget of {self.budget.kind}",
+                way_out="give --flops or --macs, or another schedule",
+            )
         if self.steps < 1:
             raise BadOption(what=f"{self.name}: steps={self.steps}", way_out="give a number from 1")
 

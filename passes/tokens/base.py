@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from graphopt.budget import Budget
 from graphopt.cut import Positions
@@ -14,11 +13,11 @@ from graphopt.errors import BadOption, Decline, NothingToCut
 from graphopt.passes.base import Pass
 from graphopt.passes.checks import check_share
 from graphopt.passes.named import named_in, near
-from graphopt.passes.sizes import limit, nothing, unreachable
+from graphopt.passes.sizes import nothing
 from graphopt.passes.tokens import reducers, scores
+from graphopt.passes.tokens.budgets import within
 from graphopt.passes.tokens.job import Job
 from graphopt.passes.tokens.schedule import SCHEDULES, Schedule
-from graphopt.passes.tokens.segments import Segments
 from graphopt.passes.tokens.sites import Where
 from graphopt.program import Program
 from graphopt.region import Span
@@ -29,7 +28,7 @@ from graphopt.token_trace import add_outputs
 class TokenReduction(Pass):
     """Choose tokens by a score at some places of a residual stream, and let everything behind run on these. Lossy.
 
-    budget: what the whole program may cost, of FLOPs or multiply-adds; or
+    budget: what the whole program may cost, of FLOPs, multiply-adds or latency (as estimated for the target); or
     keep: the share of the tokens that is left behind the last place; or
     counts: how many tokens stay at each place, those that cannot go (class tokens) not counted.
     schedule: how counts fall from place to place: constant (as many go everywhere), linear (from twice as many to
@@ -45,6 +44,7 @@ class TokenReduction(Pass):
     stream: which of several sequences of tokens, from 0 (a vision tower, a language model); the one with most blocks.
     until: the block at whose end all tokens come back.
     proportional: attention counts a merged token as often as it has tokens; not for models trained with merging.
+    target: what latency refers to.
     trace: give more outputs, tokens_0, tokens_1, ..., by which `graphopt explain tokens` shows where tokens go.
     """
 
@@ -64,6 +64,7 @@ class TokenReduction(Pass):
     proportional: bool = True
     stream: int | None = None
     until: int | None = None
+    target: Any = None
     trace: bool = False
     default_keep: ClassVar[float | None] = None
     meets: ClassVar[str] = "attention"  # how tokens meet each other
@@ -134,9 +135,16 @@ class TokenReduction(Pass):
                     what=f"{self.name}: {len(self.counts)} counts for {number} places", way_out="name as many, or sites"
                 )
             found = [int(count) for count in self.counts]
-            if any(b > a for a, b in zip([span, *found], found, strict=False)) or min(found) < 1:
+            if not 1 <= min(found) <= max(found) <= span:
+                reason = f"{max(found)} is more than {span}" if max(found) > span else "one token stays at least"
                 raise BadOption(
-                    what=f"{self.name}: counts={found} of {span} tokens", way_out="give counts that fall, from 1"
+                    what=f"{self.name}: counts={_listed(found)} of {span} tokens: {reason}",
+                    way_out=f"give counts from {span} down to 1",
+                )
+            if found != sorted(found, reverse=True):
+                raise BadOption(
+                    what=f"{self.name}: counts={_listed(found)}: tokens that are gone do not come back",
+                    way_out="give counts that fall from place to place",
                 )
             return found
         return self.falling(edit, job, SCHEDULES[self.schedule])
@@ -147,37 +155,11 @@ class TokenReduction(Pass):
         if keep is not None:
             span = job.span.size
             return schedule.ending(span, len(job.places), max(1, int(keep * span)), job.reducer.least)
-        return self.solved(edit, job, schedule)
-
-    def solved(self, edit: Edit, job: Job, schedule: Schedule) -> list[int]:
-        """The most tokens with which the program is within the budget."""
-        budget = self.budget
-        assert budget is not None
-        if budget.kind not in ("flops", "macs"):
-            raise BadOption(
-                what=f"{self.name} has a budget of {budget.kind}", way_out="give --flops or --macs, keep or counts"
-            )
-        allowed = limit(edit.program, budget)
-        whole = limit(edit.program, Budget(budget.kind, 1.0))
-        model, span, number = job.segments(budget.kind), job.span.size, len(job.places)
-        least = job.reducer.least
-        extra, found = 0, None
-        for _ in range(6):  # what choosing and folding cost is known when they are there, and changes little
-            found = schedule.within(span, number, least, partial(_fits, model, allowed - extra))
-            if found is None:
-                floor = schedule.ending(span, number, 1, least)
-                raise unreachable(edit.program.name, budget, model(floor) + extra, whole)
-            trial = job.again()
-            trial.run(found)
-            now = trial.total(budget.kind)
-            if now <= allowed:
-                return found
-            extra = max(trial.added(budget.kind), extra + 1)
-        raise unreachable(edit.program.name, budget, model(found or ()) + extra, whole)
+        return within(self, edit, job, schedule)
 
 
-def _fits(model: Segments, allowed: float, wanted: Sequence[int]) -> bool:
-    return model(wanted) <= allowed
+def _listed(counts: Sequence[int]) -> str:
+    return ",".join(map(str, counts))
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ class Job:
         if self.options.sites is not None:
             border = next(site.block for site in every if sides[site] == sides[behind[0]])
             raise BadOption(
-                what=f"{self.options.name}: sites={[site.block for site in places]}, and an earlier pass reduces "
-                "tokens between these",
+                what=f"{self.options.name}: an earlier pass reduces tokens between sites={places[0].block} and "
+                f"{places[-1].block}",
                 way_out=f"name sites in front of block {border}, or from there on",
             )
         reason = "an earlier pass reduces tokens behind it; sites can name what is in front of that"

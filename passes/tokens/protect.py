@@ -41,10 +41,9 @@ def span_of(axes: Axes, site: Site, given: str | None, first: Site | None = None
         if not 0 <= start < stop <= size:
             raise BadOption(what=f"tokens={given} of {size}", way_out="give START:STOP, such as 1: or 5:581")
         return Span(site.dim, start, stop)
-    whole = size if first is None else int(first.at.meta["val"].shape[first.dim])
-    if first is not None and size < whole:
-        found_there = span_of(axes, first, None, others=others)
-        return Span(site.dim, found_there.start, found_there.stop - (whole - size))
+    if first is not None:
+        there, gone = span_of(axes, first, None, others=others), int(first.at.meta["val"].shape[first.dim]) - size
+        return Span(site.dim, there.start, there.stop - gone)
     node = next(each for each in axes.program.graph.nodes if each.name == site.at.name)
     parts = _put_together(axes, node, site.dim)
     measured = _measured(axes.program)

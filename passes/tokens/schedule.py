@@ -32,15 +32,20 @@ class Schedule:
         return found
 
     def within(
-        self, span: int, places: int, least: Callable[[int], int], fits: Callable[[list[int]], bool]
+        self,
+        span: int,
+        places: int,
+        least: Callable[[int], int],
+        fits: Callable[[list[int]], bool],
+        steps: int = _STEPS,
     ) -> list[int] | None:
-        """The most tokens that fit; None where not even the fewest do."""
+        """The most tokens that fit, after so many halvings; None where not even the fewest do."""
         low, high = 0.0, 1.0
         if fits(self.counts(span, places, low, least)):
             return self.counts(span, places, low, least)
         if not fits(self.counts(span, places, high, least)):
             return None
-        for _ in range(_STEPS):
+        for _ in range(steps):
             middle = (low + high) / 2
             if fits(self.counts(span, places, middle, least)):
                 high = middle

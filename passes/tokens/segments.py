@@ -19,27 +19,28 @@ from graphopt.region import Region, descendants
 class Segments:
     """FLOPs (or multiply-adds) of a program, without what choosing and folding tokens costs.
 
-    A polynomial in the tokens of each segment: behind a place and in front of the next; exact.
+    A polynomial in the tokens of each segment: behind a place and in front of the next; exact. `rest` is the cost of
+    what always has all of them.
     """
 
     def __init__(self, region: Region, polynomials: Sequence[Polynomial], rest: int) -> None:
-        self._counts, self._polynomials, self._rest = region.counts, polynomials, rest
+        self._counts, self._polynomials, self.rest = region.counts, polynomials, rest
 
     def __call__(self, wanted: Sequence[int]) -> int:
         """The cost where so many tokens of the span stay behind each place."""
         own = zip(self._polynomials, wanted, strict=True)
-        return self._rest + sum(polynomial(self._counts(count)) for polynomial, count in own)
+        return self.rest + sum(polynomial(self._counts(count)) for polynomial, count in own)
 
     def expected(self, wanted: Sequence[Tensor]) -> Tensor:
         """The same for numbers of tokens that are differentiated, in double precision."""
-        total = torch.tensor(float(self._rest), dtype=torch.float64)
+        total = torch.tensor(float(self.rest), dtype=torch.float64)
         for polynomial, count in zip(self._polynomials, wanted, strict=True):
             for monomial, factor in polynomial.terms.items():  # nothing but the span varies
                 total = total + factor * count ** len(monomial)
         return total
 
     def __str__(self) -> str:
-        return " + ".join(f"({polynomial})" for polynomial in self._polynomials) + f" + {self._rest}"
+        return " + ".join(f"({polynomial})" for polynomial in self._polynomials) + f" + {self.rest}"
 
 
 def segments_of(edit: Edit, region: Region, places: Sequence[Node], kind: str) -> Segments:

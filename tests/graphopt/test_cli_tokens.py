@@ -91,16 +91,56 @@ def test_a_recipe_with_another_pass(cli: Cli, folder: Path, tmp_path: Path) -> N
     assert "give each pass a budget of its own" in err
 
 
+def test_the_hint_for_two_passes_can_be_followed(cli: Cli, folder: Path) -> None:
+    """Passes that reduce tokens take turns; the second counts the model's blocks, and stays behind the first."""
+    both = ("optimize", folder / "vit.pt2", "--pass", "merge-tokens", "--pass", "prune-tokens", "--flops", "0.7", *DRY)
+    code, _, err = cli(*both)
+    assert code == 2
+    hint = err.partition("a share of what it finds: ")[2].split()
+    assert hint == ["--pass", "merge-tokens:flops=0.837,sites=0", "--pass", "prune-tokens:flops=0.837"]
+    code, out, err = cli("optimize", folder / "vit.pt2", *hint, *DRY)
+    assert code == 0, err
+    first, second = ([row for row in each["details"] if "kept" in row] for each in json.loads(out)["records"])
+    assert [row["name"] for row in first] == ["blocks.0"]
+    assert {row["name"] for row in second} <= {"blocks.1", "blocks.2"}
+    assert json.loads(out)["after"]["flops"] <= 0.7 * json.loads(out)["before"]["flops"]
+
+
+def test_a_budget_of_latency_is_met(cli: Cli, folder: Path) -> None:
+    """As estimated for the target, with what choosing and merging takes."""
+    command = ("optimize", folder / "dit.pt2", "--pass", "prune-tokens:score=norm", "--latency", "0.9")
+    code, out, err = cli(*command, *DRY)
+    assert code == 0, err
+    latency = json.loads(out)["latency_seconds"]["estimated"]
+    assert latency["after"] <= 0.9 * latency["before"]
+    code, _, err = cli(*command[:-1], "0.01", *DRY[:2])
+    assert code == 2
+    assert "prune-tokens cannot meet --latency 0.01; the least reachable is" in err
+
+
+def test_a_flag_that_no_pass_takes_is_named_as_it_was_typed(cli: Cli, folder: Path) -> None:
+    """--round-to is called step in passes, which the user need not know."""
+    code, _, err = cli("optimize", folder / "vit.pt2", "--pass", "merge-tokens:keep=0.5", "--round-to", "8", *DRY[:2])
+    assert code == 2
+    assert "--round-to: merge-tokens has no such option" in err
+
+
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [
         ("vit", ":flops=0.01", "the least reachable is 0."),
-        ("vit", ":params=0.5", "has a budget of params"),
+        ("vit", ":flops=0.3", "or try schedule=last, prune-tokens (bipartite takes at most half"),
+        ("vit", ":flops=0.3,sites=1,until=2", "or try a later until than 2, more or earlier sites, prune-tokens"),
+        ("vit", ":flops=0.3", "merge-tokens cannot meet --flops 0.3; the least reachable is"),
+        ("vit", ":flops=0.01,sites=1", "of it runs in front of the first place or beside the stream"),
+        ("vit", ":params=0.5", "takes no budget of params\n  hint: give --flops, --macs or --latency"),
         ("cnn", ":flops=0.5", "finds nothing to cut: there is no attention"),
         ("vit", "", "one of budget, keep and counts"),
         ("vit", ":keep=0.5,flops=0.5", "one of budget, keep and counts"),
         ("vit", ":counts=12,10", "2 counts for 3 places"),
-        ("vit", ":counts=20,10,8", "of 16 tokens"),
+        ("vit", ":counts=20,10,8", "counts=20,10,8 of 16 tokens: 20 is more than 16"),
+        ("vit", ":counts=10,8,0", "one token stays at least"),
+        ("vit", ":counts=50.5", "it takes whole numbers with commas"),
         ("vit", ":counts=8,10,8", "give counts that fall"),
         ("vit", ":counts=3,2,1", "bipartite leaves at least 8"),
         ("vit", ":keep=0.5,sites=7", "blocks are 0 to 2"),
