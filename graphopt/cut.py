@@ -164,7 +164,7 @@ def fold(x: Tensor, kept: Kept, where: Span) -> Tensor:
         raise CannotShrink(axis="tokens", reason="one in the middle stays, so tokens can be dropped but not merged")
     if kept.matrix is not None:
         flat = tokens.flatten(2)
-        span = torch.matmul(kept.matrix, flat[:, where.start : where.stop])
+        span = _mixed(kept.matrix, flat[:, where.start : where.stop])
         pieces = [flat[:, : where.start], span, flat[:, where.stop :]]
         out = torch.cat([piece for piece in pieces if piece.shape[1]], 1).unflatten(2, tokens.shape[2:])
         return _back(out, where.dim)
@@ -181,7 +181,7 @@ def fold(x: Tensor, kept: Kept, where: Span) -> Tensor:
     slots, sources = kept.slots + where.start, kept.sources + where.start
     total = add_rows(own, slots, merged)
     sums = add_rows(rows(flat, index) * own[..., None], slots, rows(flat, sources) * merged[..., None])
-    return _back((sums / total[..., None]).unflatten(2, tokens.shape[2:]), where.dim)
+    return _back((sums / total[..., None]).to(x.dtype).unflatten(2, tokens.shape[2:]), where.dim)
 
 
 def unfold(y: Tensor, kept: Kept, where: Span, base: Tensor | None = None) -> Tensor:
@@ -198,7 +198,7 @@ def unfold(y: Tensor, kept: Kept, where: Span, base: Tensor | None = None) -> Te
     count = kept.index.shape[1]
     size = flat.shape[1] - count + where.size
     if kept.spread is not None:
-        span = torch.matmul(kept.spread, flat[:, where.start : where.start + count])
+        span = _mixed(kept.spread, flat[:, where.start : where.start + count])
         pieces = [flat[:, : where.start], span, flat[:, where.start + count :]]
         out = torch.cat([piece for piece in pieces if piece.shape[1]], 1)
         return _back(out.unflatten(2, few.shape[2:]), where.dim)
@@ -217,6 +217,12 @@ def unfold(y: Tensor, kept: Kept, where: Span, base: Tensor | None = None) -> Te
         sources = (kept.sources + where.start)[..., None].expand(-1, -1, flat.shape[2])
         out = out.scatter(1, sources, rows(flat, kept.slots + where.start))
     return _back(out.unflatten(2, few.shape[2:]), where.dim)
+
+
+def _mixed(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix @ x, as precise as the more precise of the two, as `x` is stored."""
+    wide = torch.promote_types(matrix.dtype, x.dtype)
+    return torch.matmul(matrix.to(wide), x.to(wide)).to(x.dtype)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

@@ -296,6 +296,16 @@ class VerificationFailed(GraphoptError):
     exit = Exit.CHECK_FAILED
 
 
+class ChoiceMayDiffer(VerificationFailed):
+    """The same of a program that chooses tokens by what it computes: rounding may have decided between two."""
+
+    hint = (
+        "it chooses tokens by their scores, and of two within rounding the artefact may choose the other; other inputs "
+        "(--calib), or the model in float32, tell whether that is all. --no-verify writes the bundle as it is, and "
+        "says so in it"
+    )
+
+
 class BundleNotFound(GraphoptError):
     """There is nothing at the path of a bundle, or it may not be read."""
 

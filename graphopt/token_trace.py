@@ -47,6 +47,11 @@ def is_traced(names: Iterable[str]) -> bool:
     return bool(_numbers(names))
 
 
+def is_marked(program: Program) -> bool:
+    """Whether a program chooses tokens."""
+    return any(_marks(node) for node in program.graph.nodes)
+
+
 def traced(program: Program) -> Program:
     """The program with more outputs, one for each marked place; all outputs by name. Itself where none is missing."""
     edit = Edit(program)

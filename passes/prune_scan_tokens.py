@@ -23,7 +23,7 @@ from graphopt.passes.tokens.protect import span_of
 from graphopt.passes.tokens.scans import Decay, bridge, decays, scans
 from graphopt.passes.tokens.schedule import Schedule
 from graphopt.passes.tokens.sites import Site, Where
-from graphopt.passes.tokens.view import View
+from graphopt.passes.tokens.view import View, single
 from graphopt.region import Region, Span
 
 
@@ -130,7 +130,7 @@ class ScanJob(Job):
         def chosen(x: Tensor, y: Tensor) -> Kept:
             if here.dim != 1:
                 x, y = x.movedim(here.dim, 1), y.movedim(here.dim, 1)
-            x, y = here.chosen(x), here.chosen(y)
+            x, y = single(here.chosen(x)), single(here.chosen(y))
             given = y if score.name == "clipped" else x
             return reducer(View(x, start=0, stop=here.size), score(View(given, start=0, stop=here.size)), count)
 

@@ -25,7 +25,7 @@ from graphopt.passes.tokens.following import computed_early
 from graphopt.passes.tokens.protect import span_of
 from graphopt.passes.tokens.segments import Segments, segments_of
 from graphopt.passes.tokens.sites import Block, Site, blocks, length, sites, streams
-from graphopt.passes.tokens.view import View, heads, repeated
+from graphopt.passes.tokens.view import View, heads, repeated, single
 from graphopt.place import place
 from graphopt.region import Region, Span, region_of
 from graphopt.token_trace import choices, mark
@@ -283,9 +283,9 @@ class Job:
         }
 
         def seen(x: Tensor, given: dict[str, Any], size: Tensor | None, more: tuple[Any, ...]) -> Any:
-            x = front(x, here.dim)
+            x = single(front(x, here.dim))
             samples = x.shape[0]
-            own = {name: value for name, value in given.items() if value is not None}
+            own = {name: single(value) for name, value in given.items() if value is not None}
             hidden = front(own.pop("hidden"), here.dim) if "hidden" in own else None
             if turned and "key" in own:
                 own["key"] = own["key"].transpose(-1, -2)

@@ -71,6 +71,11 @@ class View:
         return logits.softmax(-1)
 
 
+def single(x: Tensor) -> Tensor:
+    """Values of half precision in single: choices are made of sums, and rounding these in between would decide some."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def heads(x: Tensor, samples: int) -> Tensor:
     """Queries, keys or values as (b, h, n, d), however many dimensions samples and heads had."""
     return x if x.dim() == 4 else x.reshape(samples, -1, *x.shape[-2:])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.errors import Exit, VerificationFailed
+from graphopt.errors import ChoiceMayDiffer, Exit, VerificationFailed
+from graphopt.token_trace import MARK
 from graphopt.verify import TOLERANCES, compare, round_up, samples_of, tolerance_of, verify
 
 F32 = TOLERANCES["float32"]
@@ -63,6 +64,16 @@ def test_a_wrong_element_is_named(program: graphopt.Program) -> None:
     assert caught.value.exit == Exit.CHECK_FAILED
     assert "1 of 12 elements differ" in str(caught.value)
     assert "run by native on the example inputs" in str(caught.value)
+
+
+def test_a_choice_within_rounding_may_be_all(program: graphopt.Program) -> None:
+    """Where the program chooses tokens, the way out is to tell a fault from a tie."""
+    node = next(node for node in program.graph.nodes if node.op == "call_function")
+    node.meta["custom"] = {MARK: [[0, "index", 4, None]]}
+    with pytest.raises(ChoiceMayDiffer, match="12 of 12 elements differ") as caught:
+        verify(program, "two", {"native": lambda arrays: [arrays[0] * 3, arrays[0].argmax(1)]}, samples_of(program))
+    assert "of two within rounding" in caught.value.way_out
+    assert caught.value.code == VerificationFailed.code
 
 
 def test_integers_must_be_equal(program: graphopt.Program) -> None:

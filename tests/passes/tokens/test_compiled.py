@@ -106,6 +106,26 @@ def test_compiled_programs_agree_with_pytorch(build: Callable[[], Built], spec: 
     compiles(spec, build)
 
 
+def half() -> Built:
+    model, inputs = vit()
+    return model.bfloat16(), {name: value.bfloat16() for name, value in inputs.items()}
+
+
+def test_models_in_half_precision_compile() -> None:
+    """Scores, likeness and means are single there, so artefact and PyTorch choose alike; the stream stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = half()
+    program = run_passes(graphopt.capture(model, inputs), PREPARE)
+    own = {
+        name: make(name, **CASES[name][1])(program)
+        for name in ("prune-tokens", "merge-tokens", "diffrate", "transform-tokens")
+    }
+    assert {each.outputs[0].torch_dtype for each in own.values()} == {torch.bfloat16}
+    with graphopt.compile(Together(own).eval(), example_inputs=inputs) as bundle:
+        assert bundle.manifest.verification.passed
+
+
 def test_compiled_for_arm() -> None:
     """Merging, in the emulator."""
     if not shutil.which(run_qemu.QEMU):
