@@ -24,8 +24,10 @@ class Terminated(BaseException):
         self.number = number
 
 
-# The signal that came. Python code called from TVM's C++ may swallow what the handler raises, so steps ask as well.
+# The signal that came. Python code called from C++, a weak reference's callback or a finalizer may swallow what the
+# handler raises, so an alarm raises it again until it is on its way out, and steps ask as well.
 _pending: list[int] = []
+_AGAIN = 0.2  # seconds
 
 
 def check_signals() -> None:
@@ -58,7 +60,8 @@ def guarded(arguments: list[str], invoke: Callable[[list[str]], None]) -> int:
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        return _report(error, as_json)
+        # What C++ made of the signal is not its own fault.
+        return _interrupted(_pending[0]) if _pending else _report(error, as_json)
 
 
 def _report(error: BaseException, as_json: bool) -> int:
@@ -119,9 +122,16 @@ def _signals() -> Iterator[None]:
         # A second signal must not cut the cleaning up short.
         signal.signal(number, signal.SIG_IGN)
         _pending.append(number)
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
         raise Terminated(number)
 
+    def again(_number: int, _frame: FrameType | None) -> None:
+        if sys.exception() is None:  # else something is on its way out, perhaps cleaning up
+            raise Terminated(_pending[0])
+
     _pending.clear()
+    alarm = signal.getsignal(signal.SIGALRM)
     try:
         before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     except ValueError:  # not in the main thread, as when a program calls `execute` from one of its own
@@ -130,5 +140,8 @@ def _signals() -> Iterator[None]:
     try:
         yield
     finally:
+        if _pending:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
         for number, handler in before.items():
             signal.signal(number, handler)
