@@ -61,6 +61,11 @@ class Output:
     verbose: bool = False
     _status: Status | None = field(default=None, repr=False)
 
+    @property
+    def silent(self) -> bool:
+        """Whether nobody sees the result."""
+        return self.quiet and not self.as_json
+
     def result(self, data: dict[str, Any], human: Callable[[Console], None]) -> None:
         """Print `data` as JSON, or let `human` print it; with --quiet only the JSON."""
         if self.as_json:

@@ -158,7 +158,7 @@ def compile(
         out.result(planned.to_json(), lambda console: _print_plan(console, planned))
         return
     seconds = time.perf_counter() - started
-    times = [] if result.reduced is None else red.estimates(result.reduced, resolve(target))
+    times = [] if result.reduced is None or out.silent else red.estimates(result.reduced, resolve(target))
     out.result(_as_json(result, times), lambda console: _print(console, result, seconds, times, explain=explain))
 
 

@@ -97,8 +97,8 @@ def optimize(
             model, input_shapes=input_shapes(input_shape), model_factory=factory, unsafe_load=unsafe_load, name=name
         )
         done = reduce(program, wanted, calibration=calib, target=where, progress=out.step)
-        times = red.estimates(done, where)
-        if measure and not dry_run:
+        times = [] if out.silent else red.estimates(done, where)
+        if measure and not dry_run and not out.silent:
             times += _measured(done, where, out)
         if not dry_run:
             out.step("writing")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +52,20 @@ def test_a_budget_that_is_not_used_up_is_noted(cli: Cli, mlp: Path) -> None:
     assert note.startswith("prune-neurons: ")
     assert json.loads(out)["records"][0]["notes"] == [note.removeprefix("prune-neurons: ")]
     assert err == ""
+
+
+def test_nothing_is_measured_that_nobody_sees(cli: Cli, mlp: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """With -q and without --json both models would be compiled and timed for nothing."""
+
+    def measured(*_: object, **__: object) -> None:
+        pytest.fail("it was measured")
+
+    module = importlib.import_module("graphopt.optimize")  # the package has a function of this name
+    monkeypatch.setattr(module, "measured", measured)
+    monkeypatch.setattr(module, "estimated", measured)
+    code, out, err = cli("optimize", mlp, "--pass", "prune-neurons:keep=0.5", "-q", "-o", tmp_path / "small.pt2")
+    assert (code, out, err) == (0, "", "")
+    assert (tmp_path / "small.pt2").exists()
 
 
 @pytest.mark.parametrize("name", ["merge-experts:groups=2", "pool-kv-heads:kv-heads=1", "prune-heads:keep=0.5"])
