@@ -79,8 +79,10 @@ class Flexdit(Pass):
         if self.poolings + self.modules * each > len(found):
             raise BadOption(
                 what=f"{self.name}: {self.poolings} pooling blocks and {self.modules} modules of {each} blocks",
-                way_out=f"the model has {len(found)}",
+                way_out=f"the model has {len(found)}: {self.fitting(len(found))}",
             )
+        if len({int(block.entry.meta["val"].shape[block.dim]) for block in found}) > 1:
+            raise BadOption(what=f"{self.name}: an earlier pass reduced tokens", way_out="let it run first")
         tokens = int(found[0].entry.meta["val"].shape[found[0].dim])
         side = math.isqrt(tokens)
         if side * side != tokens or self.grid < 1 or side % self.grid:
@@ -101,6 +103,15 @@ class Flexdit(Pass):
         if self.trace:
             add_outputs(edit)
         edit.graph.eliminate_dead_code()
+
+    def fitting(self, blocks: int) -> str:
+        """Options with which so many blocks suffice, as near to those asked for as there is room."""
+        for poolings in range(self.poolings, -1, -1):
+            for sparse in range(max(self.sparse, 1), 0, -1):
+                modules = min(self.modules, (blocks - poolings) // (2 + sparse + self.dense))
+                if modules > 0:
+                    return f"give {poolings=},{modules=},{sparse=}".replace(", ", ",")
+        return f"a module has {3 + self.dense} at least"
 
 
 def _sides(side: int, tokens: int) -> str:

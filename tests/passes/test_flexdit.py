@@ -215,8 +215,12 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     program = captured_once()
     with pytest.raises(BadOption, match="sides that divide it are 1, 2, 4"):
         make("flexdit", grid=3, modules=1)(program)
-    with pytest.raises(BadOption, match="the model has 8"):
+    with pytest.raises(BadOption, match="the model has 8") as caught:
         make("flexdit", grid=2)(program)
+    own = caught.value.way_out.partition("give ")[2]  # what it says to give fits
+    make(
+        "flexdit", grid=2, **{name: int(count) for name, _, count in (each.partition("=") for each in own.split(","))}
+    )(program)
     decoder = Decoder(dim=16, heads=2, layers=2, sequence=16, words=20).eval()
     text = run_passes(graphopt.capture(decoder, (torch.arange(16)[None],)), PREPARE)
     with pytest.raises(CannotShrink, match="not all queries look at all keys alike"):
