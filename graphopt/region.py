@@ -170,7 +170,7 @@ def region_of(
             break
         order = list(edit.graph.nodes)
         behind = descendants(order, at)
-        outside |= dict.fromkeys(copied, "its result is wanted of all tokens")
+        outside |= dict.fromkeys(copied, "what reads its result wants all tokens")
     return Region(
         at=at,
         where=where,

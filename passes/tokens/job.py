@@ -45,6 +45,7 @@ class Job:
         self.places: list[Site] = []
         self.until: Node | None = None
         self.stream = self.blocks = 0
+        self.whole: set[str] = set()  # of which it was said that they get all tokens
         self.chain: list[Attention] = []  # of the stream's blocks
         self.orders = Orders()
         self.attentions = attentions(edit)
@@ -216,8 +217,7 @@ class Job:
             self.edit.details.append(
                 {"block": site.block, "name": site.name, "where": self.options.where, "tokens": now, "kept": count}
             )
-            said = [Decline(each.where, f"gets all tokens: {each.reason}") for each in dict.fromkeys(region.blocked)]
-            self.declined += [each for each in said if each not in self.declined]
+            self.say(region.blocked)
             now = count
             if self.reducer.sized:
                 size = kept.size
@@ -230,6 +230,14 @@ class Job:
                 add_to_keys(self.edit, attention, self.bias(attention, own, where))
         self.finish()
         self.edit.graph.eliminate_dead_code()
+
+    def say(self, blocked: Sequence[Decline]) -> None:
+        """Note what gets all tokens, each with the first reason: later ones are about what this pass inserted."""
+        for each in blocked:
+            if each.where not in self.whole:
+                self.whole.add(each.where)
+                reason = each.reason.removesuffix(f" ({each.where})")
+                self.declined.append(Decline(each.where, f"gets all tokens: {reason}"))
 
     def finish(self) -> None:
         """What is done when all places are."""
@@ -285,7 +293,7 @@ class Job:
         def seen(x: Tensor, given: dict[str, Any], size: Tensor | None, more: tuple[Any, ...]) -> Any:
             x = single(front(x, here.dim))
             samples = x.shape[0]
-            own = {name: single(value) for name, value in given.items() if value is not None}
+            own: dict[str, Any] = {name: single(value) for name, value in given.items() if value is not None}
             hidden = front(own.pop("hidden"), here.dim) if "hidden" in own else None
             if turned and "key" in own:
                 own["key"] = own["key"].transpose(-1, -2)

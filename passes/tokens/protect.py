@@ -57,8 +57,8 @@ def span_of(axes: Axes, site: Site, given: str | None, first: Site | None = None
         start += count
     if places and start == size:
         # Several images: from the first to the last would take the text between them; the longest one it is.
-        begin, end = max(places, key=lambda place: place[1] - place[0])
-        return Span(site.dim, begin, end)
+        low, high = max(places, key=lambda place: place[1] - place[0])
+        return Span(site.dim, low, high)
     flat = _measured(axes.program, 2)
     scattered = _scattered(axes, node, site.dim, flat)
     attention = site.attention or site.following

@@ -13,7 +13,7 @@ from PIL import Image
 
 from graphopt.bundle import Bundle
 from tests.token_models import Dit, random
-from tests.transformer_nets import VisionTransformer
+from tests.transformer_nets import Encoder, VisionTransformer
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -116,6 +116,20 @@ def test_a_budget_of_latency_is_met(cli: Cli, folder: Path) -> None:
     code, _, err = cli(*command[:-1], "0.01", *DRY[:2])
     assert code == 2
     assert "prune-tokens cannot meet --latency 0.01; the least reachable is" in err
+
+
+def test_what_gets_all_tokens_is_said_once(cli: Cli, tmp_path: Path) -> None:
+    """Each call with its own reason, however many places there are in front of it."""
+    torch.manual_seed(0)
+    module = Encoder(dim=16, heads=2, layers=3, sequence=16, words=20).eval()
+    inputs = (torch.arange(16)[None], torch.ones(1, 16, dtype=torch.int64))
+    torch.export.save(torch.export.export(module, inputs), tmp_path / "text.pt2")
+    step = "prune-tokens:counts=14,12,10"
+    code, out, err = cli("optimize", tmp_path / "text.pt2", "--pass", step, *DRY)
+    assert code == 0, err
+    where = [row["where"] for record in json.loads(out)["records"] for row in record["declined"]]
+    assert where
+    assert len(where) == len(set(where))
 
 
 def test_a_flag_that_no_pass_takes_is_named_as_it_was_typed(cli: Cli, folder: Path) -> None:
