@@ -50,7 +50,11 @@ def within(options: TokenReduction, edit: Edit, job: Job, schedule: Schedule) ->
         if trial.total(budget.kind) <= allowed:
             return found
         extra = max(trial.added(budget.kind), extra + 1)
-    floor = model(schedule.ending(span, number, 1, least)) + extra
+    fewest = schedule.ending(span, number, 1, least)
+    trial = job.again()
+    trial.run(fewest)
+    if (floor := trial.total(budget.kind)) <= allowed:
+        return fewest
     raise _unreachable(options, edit.program, job, budget, floor, whole, model.rest)
 
 

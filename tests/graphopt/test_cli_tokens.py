@@ -106,6 +106,17 @@ def test_the_hint_for_two_passes_can_be_followed(cli: Cli, folder: Path) -> None
     assert json.loads(out)["after"]["flops"] <= 0.7 * json.loads(out)["before"]["flops"]
 
 
+@pytest.mark.parametrize(("step", "kind"), [("merge-tokens", "flops"), ("prune-tokens", "latency")])
+def test_the_least_that_is_reachable_is_reached(cli: Cli, folder: Path, step: str, kind: str) -> None:
+    """What the refusal says can be asked for: it counts what choosing and merging take."""
+    command = ("optimize", folder / "vit.pt2", "--pass", step, f"--{kind}")
+    code, _, err = cli(*command, "0.01", *DRY[:2])
+    assert code == 2
+    least = err.partition("the least reachable is ")[2].split()[0]
+    code, _, err = cli(*command, least, *DRY)
+    assert code == 0, err
+
+
 def test_a_budget_of_latency_is_met(cli: Cli, folder: Path) -> None:
     """As estimated for the target, with what choosing and merging takes."""
     command = ("optimize", folder / "dit.pt2", "--pass", "prune-tokens:score=norm", "--latency", "0.9")
