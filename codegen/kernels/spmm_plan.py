@@ -66,7 +66,8 @@ def plan_of(matrix: Array, window: Window, target: Target) -> Plan:
                 vectors = (sum if gaps else max)(len(group.places) for group in panels)
                 bytes_read = inputs * _cached(vectors * lanes * 4, planes.channel * 4)
                 for runs in (1,) if gaps else _runs(bytes_read, target):
-                    missed = _missed(bytes_read / runs, blocks / (block_rows * max(1, inputs)), target)
+                    density = min(1.0, blocks / (block_rows * max(1, inputs)))
+                    missed = _missed(bytes_read / runs, density, target)
                     product = Product(block_rows, blocks, height, lanes, runs, missed, inputs, aligned)
                     cycles = window.batch * (copied + product_cycles(product, panels, target))
                     ahead = missed > 0 and height >= PREFETCHED_HEIGHT and target.isa.name in PREFETCHES
@@ -116,10 +117,11 @@ def _cached(size: int, stride: int) -> int:
 def _missed(bytes_read: float, density: float, target: Target) -> float:
     """The share of X's lines that come from the second-level cache: none where a panel of a run fits the first.
 
-    Where it does not, of lines that each block row reads again nothing is left; the fewer it reads, the more is.
+    Where it does not, nothing is left of lines that each block row reads again; the fewer it reads, the more is: fitted
+    to Zen 5, for panels of 1.5 to 18 times what fits.
     """
     fits = L1_SHARE * target.l1d_bytes
-    return 0.0 if bytes_read <= fits else 1 - (1 - density) * fits / bytes_read
+    return 0.0 if bytes_read <= fits else 1 - (1 - density) ** 1.5 * (fits / bytes_read) ** 0.4
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ def inspect(
         bool, typer.Option("--axes", help="Show the axes of each tensor instead, and which of them may shrink.")
     ] = False,
     pinned: Annotated[bool, typer.Option("--pinned", help="Show only the axes that must not shrink, and why.")] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Show the sequences of tokens that passes may reduce, and their blocks.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -49,10 +52,12 @@ def inspect(
     """Show a model's layers, shapes, FLOPs, parameters, bytes, sparse weights, or a bundle's manifest and kernels."""
     out = Output(json, quiet, verbose)
     if Path(model).is_dir():
-        if axes or pinned:
+        if axes or pinned or tokens:
             from graphopt.errors import BadOption
 
-            raise BadOption(what="a bundle has no axes any more", way_out="inspect the model that it was made from")
+            raise BadOption(
+                what="a bundle has neither axes nor blocks any more", way_out="inspect the model that it was made from"
+            )
         with out.working("checking the bundle"):
             from graphopt.bundle import load
 
@@ -72,6 +77,13 @@ def inspect(
             found = axes_of(program)
             data = axes_as_json(found, pinned_only=pinned)
             out.result(data, lambda console: print_axes(console, found, pinned_only=pinned))
+            return
+        if tokens:
+            from graphopt.cli.tokens import print_streams, streams_of
+
+            out.step("finding blocks")
+            streams = streams_of(program)
+            out.result(streams, lambda console: print_streams(console, streams))
             return
         cost = summary(program)
     out.result(_as_json(program, cost), lambda console: _print_program(console, program, cost))
