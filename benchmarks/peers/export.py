@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 import graphopt
 from benchmarks.peers.registry import HERE, PeerFailed
 from graphopt.bench import to_onnx
+from graphopt.passes import CANONICALISE
+from graphopt.passes.base import run_passes
 from graphopt.program import Program
 
 
@@ -120,9 +124,68 @@ def _litert(case: Case, script: str, *args: str) -> None:
         raise PeerFailed(f"{script}: {(done.stderr.strip().splitlines() or ['failed'])[-1][:300]}")
 
 
+def write_tfjs(case: Case, path: Path) -> None:
+    """For `run_tfjs.mjs`: a line of JSON, which has the steps of a convolutional network in NHWC, and all weights.
+
+    What a converted graph model has: batch norms folded, an activation done by the convolution in front of it. Its own
+    converter wants TensorFlow, which has no such model.
+
+    Raises:
+        PeerFailed: an operator that is not of these networks.
+    """
+    program = run_passes(case.program, CANONICALISE, check=False)
+    steps: list[dict[str, Any]] = []
+    arrays: list[np.ndarray] = []
+    places: dict[Any, int] = {}  # of a value: the number of the step that gives it
+
+    def stored(node: Any, turned: tuple[int, ...]) -> dict[str, Any]:
+        array = np.ascontiguousarray(program.tensors[node.name].numpy().transpose(turned), dtype=np.float32)
+        arrays.append(array)
+        return {"weights": len(arrays) - 1, "shape": list(array.shape)}
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in program.tensors:
+                places[node] = -1
+            continue
+        if node.op != "call_function":
+            continue
+        name, args = str(node.target).split(".")[1], list(node.args)
+        if name in ("hardtanh", "relu") and len(args[0].users) == 1 and steps[places[args[0]]].get("op") == "conv2d":
+            steps[places[args[0]]]["activation"] = "relu" if name == "relu" else "relu6"
+            places[node] = places[args[0]]
+            continue
+        step: dict[str, Any] = {"op": name, "x": places[args[0]]}
+        if name == "conv2d":
+            stride, padding, dilation, groups = (args[3:] + [[1, 1], [0, 0], [1, 1], 1][len(args) - 3 :])[:4]
+            weight = args[1].meta["val"].shape
+            depthwise = groups > 1
+            if dilation != [1, 1] or len(set(padding)) > 1 or (depthwise and (groups, 1) != (weight[0], weight[1])):
+                raise PeerFailed(f"no tfjs for {node.format_node()}")
+            step |= {"weight": stored(args[1], (2, 3, 0, 1) if depthwise else (2, 3, 1, 0)), "depthwise": depthwise}
+            step |= {"bias": stored(args[2], (0,)), "strides": stride, "pad": padding[0]}
+        elif name == "add":
+            step["y"] = places[args[1]]
+        elif name == "max_pool2d":
+            step |= {"size": args[1], "strides": args[2], "pad": args[3][0]}
+        elif name == "linear":
+            step |= {"weight": stored(args[1], (1, 0)), "bias": stored(args[2], (0,))}
+        elif name == "mean" or (name == "adaptive_avg_pool2d" and args[1] == [1, 1]):
+            step["op"] = "mean"
+        elif name not in ("hardtanh", "relu", "reshape"):
+            raise PeerFailed(f"no tfjs for {name}")
+        places[node] = len(steps)
+        steps.append(step)
+    with path.open("wb") as file:
+        file.write(json.dumps(steps).encode() + b"\n")
+        for array in arrays:
+            file.write(array.tobytes())
+
+
 WRITERS: dict[str, Callable[[Case, Path], None]] = {
     "pt2": write_pt2,
     "onnx": write_onnx,
     "onnx-legacy": write_onnx_legacy,
     "tflite": write_tflite,
+    "tfjs": write_tfjs,
 }

@@ -74,6 +74,7 @@ PEERS: dict[str, Peer] = {
         Peer("deepsparse", "cpu", "run_deepsparse.py", "deepsparse", "onnx-legacy", gains=True),
         Peer("inductor", "cpu", "run_inductor.py", "", "pt2", default=False),
         Peer("onnxruntime-web", "wasm", "run_onnxruntime_web.mjs", "web", "onnx"),
+        Peer("tfjs-wasm", "wasm", "run_tfjs.mjs", "web", "tfjs"),
         Peer("litertjs", "wasm", "run_litertjs.mjs", "web", "tflite", args=("compat",), **XNNPACK),
         Peer(
             "litertjs-relaxed", "wasm", "run_litertjs.mjs", "web", "tflite", node=RELAXED, args=("relaxed",), **XNNPACK

@@ -28,7 +28,7 @@ for peer in "$@"; do
         web)
             mkdir -p web
             (cd web && npm install --silent --no-audit --no-fund --ignore-scripts \
-                onnxruntime-web@1.30.0 @litertjs/core@2.5.3)
+                onnxruntime-web@1.30.0 @litertjs/core@2.5.3 @tensorflow/tfjs@4.22.0 @tensorflow/tfjs-backend-wasm@4.22.0)
             ;;
         *)
             echo "no such peer: $peer" >&2

@@ -104,7 +104,7 @@ def plot(rows: list[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     kinds, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("kind", "model"))
-    size = (3.4 * len(models) + 1.8, 3.2 * len(kinds) + 0.8)
+    size = (3.4 * len(models) + 2.6, 3.2 * len(kinds) + 0.8)
     figure, axes = pyplot.subplots(len(kinds), len(models), figsize=size, squeeze=False, sharex=True)
     names = list(dict.fromkeys(name for row in rows for name, *_ in _points(row)))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
@@ -131,7 +131,7 @@ def plot(rows: list[Row], file: Path) -> None:
         panel.set_ylabel("times as fast as the fastest dense peer")
     handles = {label: h for panel in axes.flat for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="center right", fontsize="small")
-    figure.tight_layout(rect=(0, 0, 1 - 1.8 / size[0], 1))
+    figure.tight_layout(rect=(0, 0, 1 - 2.6 / size[0], 1))
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
