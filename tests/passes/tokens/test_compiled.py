@@ -57,6 +57,7 @@ CASES: dict[str, tuple[Callable[[], Built], dict[str, Any]]] = {
     "pyramid-drop": (decoder, {"counts": (5,), "sites": (0,)}),
     "visiondrop": (decoder, {"counts": (5,), "sites": (0,), "reducer": "contextual:context=2"}),
     "adatoken": (decoder, {"counts": (5,), "sites": (0,)}),
+    "core-matching": (decoder, {"counts": (5,), "sites": (0,)}),
     "aim": (decoder, {"merged": 0.5, "first": 0, "layers": 2}),
     "lvlm-csp": (decoder, {"pruned": 0.25, "scatter": 1, "prune": 1}),
     "drop-segments": (decoder, {"segments": ("4:9",), "sites": (0,)}),
