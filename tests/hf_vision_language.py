@@ -24,6 +24,16 @@ class Prefill(nn.Module):
         return (found.logits, *(each for layer in found.past_key_values.layers for each in (layer.keys, layer.values)))
 
 
+def entering(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What the first layer of the decoder reads: words and image, (b, n, c)."""
+    seen: list[Tensor] = []
+    layer = model.model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**inputs)
+    hook.remove()
+    return seen[0]
+
+
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 44,

@@ -70,7 +70,7 @@ def plan_of(matrix: Array, window: Window, target: Target) -> Plan:
                     missed = _missed(bytes_read / runs, density, target)
                     product = Product(block_rows, blocks, height, lanes, runs, missed, inputs, aligned)
                     cycles = window.batch * (copied + product_cycles(product, panels, target))
-                    ahead = missed > 0 and height >= PREFETCHED_HEIGHT and target.isa.name in PREFETCHES
+                    ahead = missed > 0 and _asks_ahead(height, target.isa)
                     plans.append(Plan(planes, height, lanes, panels, gaps, runs, ahead, cycles))
     return min(plans, key=lambda plan: (plan.cycles, -plan.height))
 
@@ -145,15 +145,19 @@ def block_cycles(product: Product, full: int, tails: Sequence[int], isa: Isa) ->
     cache lines: with 64 bytes nearly all of them do.
     """
     height = product.height
-    ahead = height >= PREFETCHED_HEIGHT and isa.name in PREFETCHES
     shared = sum(tail_vectors(elements, height, product.lanes) for elements in tails)
     arithmetic = (height * full + shared) * (1 if isa.has_fma else 2) / isa.fma_per_cycle
     lines = full * (1.0 if product.aligned else 1 + isa.vector_bits / 8 / LINE_BYTES)
     per_cycle = LOADS_PER_CYCLE if height > 1 else LOADS_OF_PRODUCTS
     loads = (1 + (height if full else 0) + lines + len(tails) + shared) / per_cycle
-    rate = L2_BYTES_PER_CYCLE_AHEAD if ahead and not product.aligned else L2_BYTES_PER_CYCLE
+    rate = L2_BYTES_PER_CYCLE_AHEAD if _asks_ahead(height, isa) and not product.aligned else L2_BYTES_PER_CYCLE
     far = product.missed * _touched(product, full) * isa.vector_bits / 8 / rate
     return max(arithmetic, isa.fma_latency_cycles + LATENCY_SLACK, loads, far) + LOOP_CYCLES
+
+
+def _asks_ahead(height: int, isa: Isa) -> bool:
+    """Whether rows of X are asked for before they are used, where they come from the second-level cache."""
+    return height >= PREFETCHED_HEIGHT and isa.name in PREFETCHES
 
 
 def _touched(product: Product, full: int) -> int:

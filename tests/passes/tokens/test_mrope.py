@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
 from tests.hf_qwen import LENGTH, PATCHES, PLACES, START, Prefill, hf_qwen, qwen_example
+from tests.hf_vision_language import entering
 
 IMAGE = f"{START}:{START + PLACES}"
 
@@ -47,11 +48,7 @@ def outputs_of(program: Program, inputs: dict[str, Tensor]) -> list[Tensor]:
 def staged(model: Prefill, inputs: dict[str, Tensor], counts: dict[int, int], renumber: bool) -> list[Tensor]:
     """PyramidDrop on one sample, with the modules of transformers: logits, each layer's keys and values."""
     whole = model.model.model.language_model
-    seen: list[Tensor] = []
-    hook = whole.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(**inputs)
-    hook.remove()
-    x, visual, cache = seen[0], PLACES, DynamicCache()
+    x, visual, cache = entering(model, inputs), PLACES, DynamicCache()
     rows = inputs["position_ids"]  # (3, 1, n): frames, rows and columns
     for number, layer in enumerate(whole.layers):
         n = x.shape[1]

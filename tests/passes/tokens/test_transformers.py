@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.architectures import enliven
 from tests.hf_models import SMALL, seeded
-from tests.hf_vision_language import LENGTH, PLACES, START, Prefill, hf_example, hf_llava
+from tests.hf_vision_language import LENGTH, PLACES, START, Prefill, entering, hf_example, hf_llava
 
 IMAGE = f"{START}:{START + PLACES}"
 
@@ -35,11 +35,7 @@ def built(attention: str, padded: int, batch: int = 1) -> tuple[Prefill, dict[st
 def staged(model: Prefill, inputs: dict[str, Tensor], counts: dict[int, int], renumber: bool) -> list[Tensor]:
     """PyramidDrop on one sample, with the modules of transformers: logits, each layer's keys and values."""
     whole = model.model.model.language_model
-    seen: list[Tensor] = []
-    hook = whole.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(**inputs)
-    hook.remove()
-    x, visual, cache = seen[0], PLACES, DynamicCache()
+    x, visual, cache = entering(model, inputs), PLACES, DynamicCache()
     shown = inputs.get("attention_mask", torch.ones(1, LENGTH))[0].bool()
     places = torch.arange(LENGTH)
     for number, layer in enumerate(whole.layers):
